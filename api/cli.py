@@ -1,0 +1,194 @@
+"""`sitter`: serve, generate, models, doctor."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import httpx2
+import typer
+import uvicorn
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from api import __version__
+from api.config import DEFAULT_USER, Settings, SettingsError, load_settings
+from api.errors import SitterError
+from api.model_service import ModelService
+from api.schemas import GenerateRequest, Scheduler
+from api.wiring import open_service
+
+app = typer.Typer(
+    help="Draws people from their own fine-tuned models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+to_people = Console(stderr=True, highlight=False)
+
+GRACEFUL_SECONDS = 10
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
+
+
+class _Announcing(uvicorn.Server):
+    """Says where the service is once it listens."""
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.should_exit:
+            return
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        curl = (
+            f"curl -s {address}/generate/image -H 'Content-Type: application/json' \\\n"
+            """    -d '{"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada"}' -o ada.png"""
+        )
+        print(
+            f"\nSitter is at {address} (the API to try: {address}/docs). A picture of Ada:\n\n  {curl}\n",
+            flush=True,
+        )
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [HOST, 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [PORT, 8000].")] = None,
+) -> None:
+    """Start the HTTP server."""
+    # The application reads its settings by itself, also under `uvicorn main:app`: options reach it as they do there.
+    os.environ.update({name: str(value) for name, value in {"HOST": host, "PORT": port}.items() if value is not None})
+    with _errors_for_people():
+        settings = load_settings()
+    config = uvicorn.Config(
+        "api.main:app",
+        host=settings.host,
+        port=settings.port,
+        log_level="warning" if settings.log_level == "info" else settings.log_level,
+        timeout_graceful_shutdown=GRACEFUL_SECONDS,
+    )
+    try:
+        _Announcing(config).run()
+    except KeyboardInterrupt:
+        to_people.print("Stopped.")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw; `sks person` is the user.")],
+    user: Annotated[str, typer.Option(help="Whose model draws.")] = DEFAULT_USER,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the PNG goes.")] = Path("picture.png"),
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
+    guidance: Annotated[float, typer.Option(help="How strictly to follow the prompt.")] = 7.5,
+    width: Annotated[int, typer.Option(help="Pixels.")] = 512,
+    height: Annotated[int, typer.Option(help="Pixels.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler_a, dpmpp_2m or unipc.")] = None,
+) -> None:
+    """Draw a picture without a server."""
+    with _errors_for_people():
+        request = GenerateRequest(
+            prompt=prompt,
+            user_id=user,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            width=width,
+            height=height,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            scheduler=cast(Scheduler | None, scheduler),
+        )
+        settings = load_settings(log_level="warning")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with (
+            open_service(settings) as service,
+            Progress(*columns, console=to_people, transient=True) as progress,
+        ):
+            bar = progress.add_task("loading", total=steps)
+            generation = service.models.generate(
+                request,
+                lambda done, of: progress.update(bar, description="drawing", completed=done, total=of),
+            )
+        output.write_bytes(generation.pngs[0])
+        to_people.print(f"{output}: {generation.model_id}, seed {generation.seeds[0]}")
+
+
+@app.command()
+def models(
+    address: Annotated[str | None, typer.Option(help="The running server [http://HOST:PORT].")] = None,
+) -> None:
+    """Show which models the running server holds in memory."""
+    with _errors_for_people():
+        settings = load_settings()
+        url = address or f"http://{settings.host}:{settings.port}"
+        try:
+            answer = httpx2.get(f"{url}/cache", timeout=10).raise_for_status().json()
+        except httpx2.HTTPError as error:
+            to_people.print(f"No Sitter answers at {url}: {error}\nStart it with `sitter serve`, or say --address.")
+            raise typer.Exit(1) from error
+    table = Table("model", "bytes", "of its own", "in use", "hits")
+    for model in answer["models"]:
+        table.add_row(*(f"{model[key]:,}" if key != "model_id" else model[key] for key in model))
+    console.print(table)
+    for device, used in answer["used_bytes"].items():
+        console.print(f"{device}: {used:,} of {answer['budget_bytes'][device]:,} bytes")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, and which models load, and why not."""
+    with _errors_for_people():
+        settings = load_settings(log_level="error")
+        with open_service(settings) as service:
+            engine = service.models.engine
+            console.print(f"Sitter {__version__}, Python {platform.python_version()}, {platform.platform()}")
+            console.print(", ".join(f"{name} {version(name)}" for name in LIBRARIES))
+            console.print(f"device {engine.device}, {engine.dtype}, {engine.threads} CPU threads")
+            for device, budget in service.models.cache.budgets.items():
+                free = engine.free_bytes(device)
+                console.print(f"memory for models on {device}: {budget / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
+            failed = _try_models(settings, service.models)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _try_models(settings: Settings, service: ModelService) -> int:
+    """Loads every user's model in turn, says how it went, and returns how many failed."""
+    failed = 0
+    for user, source in settings.user_models.items():
+        began = time.perf_counter()
+        if source.hub_id and not service.engine.is_downloaded(source):
+            console.print(f"  [yellow]later[/]  {user}: {source.model_id} is downloaded from the hub at its first use")
+            continue
+        try:
+            with service.lease(source):
+                took = time.perf_counter() - began
+        except SitterError as error:
+            failed += 1
+            console.print(f"  [red]fails[/]  {user}: {escape(error.detail)}\n         {escape(error.hint)}")
+        else:
+            console.print(f"  [green]loads[/]  {user}: {source.model_id} in {took:.1f} s")
+    return failed
+
+
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """Ends the command with a sentence and a hint instead of a traceback."""
+    try:
+        yield
+    except SitterError as error:
+        to_people.print(f"{escape(error.detail)}\n{escape(error.hint)}")
+        raise typer.Exit(1) from error
+    except SettingsError as error:
+        to_people.print(f"{escape(str(error))}\nThe README lists every setting.")
+        raise typer.Exit(2) from error
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        to_people.print(escape(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+        raise typer.Exit(2) from error

@@ -1,0 +1,198 @@
+"""Settings: one frozen object, read from the environment, `.env` and a YAML file, in that order of weight.
+
+`USER_MODELS` below says which model each user has; the same name in the environment (JSON), `.env` or YAML
+adds to it. A value that does not fit, or a setting nobody knows, stops the start with a sentence about it.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout: relative model paths start here."""
+
+USER_MODELS: dict[str, Any] = {
+    # "default" draws for everybody who has no model of their own.
+    "default": "models/demo",
+    # Two LoRA adapters over the bundled base, and one full fine-tuned checkpoint.
+    "ada": {"base": "models/demo", "lora": "models/sitters/ada"},
+    "bo": {"base": "models/demo", "lora": "models/sitters/bo"},
+    "chi": "models/sitters/chi",
+    # Also possible:
+    # "user_123": "Zhurah/sd15-dreambooth-photoai@<40-digit commit>",        a hub id, pinned
+    # "user_456": "path/to/another/model",                                   a diffusers folder
+    # "user_789": "path/to/checkpoint.safetensors",                          a single file
+    # "user_790": {"base": "models/demo", "lora": "lora.safetensors", "lora_scale": 0.9},
+}
+
+DEFAULT_USER = "default"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class SettingsError(Exception):
+    """A setting is unknown or has a value that does not fit; the message says which and why."""
+
+
+class ModelSource(BaseModel):
+    """Where a user's model comes from: a base, and optionally a LoRA adapter over it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(min_length=1, description="diffusers folder, hub id (`name/model@revision`) or .safetensors file")
+    lora: str | None = Field(default=None, min_length=1, description="LoRA folder or .safetensors file over the base")
+    config: str | None = Field(
+        default=None,
+        min_length=1,
+        description="for a .safetensors base: diffusers folder with its shapes and tokenizer",
+    )
+    lora_scale: float = Field(default=1.0, ge=-2.0, le=2.0, allow_inf_nan=False, description="strength of the LoRA")
+
+    @property
+    def model_id(self) -> str:
+        """The name the API answers with: the adapter's where there is one, else the base's."""
+        return self.lora or self.base
+
+    @property
+    def hub_id(self) -> tuple[str, str | None] | None:
+        """`(repository, revision)` when the base is not on this disk but looks like a hub id."""
+        name, _, revision = self.base.partition("@")
+        if locate(self.base).exists() or not HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
+            return None
+        return name, revision or None
+
+
+def locate(path: str) -> Path:
+    """Returns `path` as an absolute path; a relative one starts at the checkout."""
+    return (ROOT / Path(path).expanduser()).absolute()
+
+
+def _as_source(value: Any) -> Any:
+    return {"base": value} if isinstance(value, str) else value
+
+
+def _reasonable_user(name: str) -> str:
+    if not re.fullmatch(USER_ID, name):
+        raise ValueError(
+            "a user id has letters, digits and . _ @ - only, 64 at most, and begins with one of A-Z a-z 0-9 _"
+        )
+    return name
+
+
+USER_ID = "[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}"  # also part of file names
+UserId = Annotated[str, AfterValidator(_reasonable_user), WithJsonSchema({"type": "string", "pattern": f"^{USER_ID}$"})]
+Source = Annotated[ModelSource, BeforeValidator(_as_source)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Each field is also an environment variable of the same name in capitals."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_file=ROOT / ".env", env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    use_gpu: bool = Field(default=True, description="Use the GPU (CUDA or Apple MPS) if there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Precision of the weights; `auto` is float16 on a GPU and float32 on a CPU.",
+    )
+    cpu_threads: int = Field(default=0, ge=0, le=1024, description="Threads for drawing on a CPU; 0 means one a core.")
+    user_models: dict[UserId, Source] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="Models by user, added to `USER_MODELS` in api/config.py (JSON in the environment).",
+    )
+    host_cache_gb: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Memory for models on the host, in GB; 0 means half of the free memory.",
+    )
+    gpu_cache_gb: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Memory for models on the GPU, in GB; 0 means 70 % of the free memory.",
+    )
+    max_waiting: int = Field(
+        default=256, ge=1, le=10_000, description="Requests drawn or waiting at once; more get 503 `busy`."
+    )
+    output_dir: Path = Field(default=ROOT / "api" / "output", description="Folder for the pictures.")
+    hf_token: SecretStr | None = Field(default=None, description="Token for private models on the Hugging Face hub.")
+    hub_timeout_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        description="Longest wait for the hub to answer before a model counts as unreachable.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log line shown."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_configured_models(cls, data: dict[str, Any]) -> dict[str, Any]:
+        given = data.get("user_models", {})
+        return {**data, "user_models": {**USER_MODELS, **given}} if isinstance(given, dict) else data
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Weighs the sources: arguments, environment, `.env`, then the YAML file named by SITTER_CONFIG."""
+        yaml = YamlConfigSettingsSource(settings_cls, yaml_file=_yaml_file())
+        return init_settings, env_settings, dotenv_settings, yaml
+
+    def source_for(self, user_id: str) -> ModelSource:
+        """Returns where the model of `user_id` comes from: their own, or the default's."""
+        return self.user_models.get(user_id, self.user_models[DEFAULT_USER])
+
+
+def _yaml_file() -> Path:
+    named = os.environ.get("SITTER_CONFIG")
+    if named and not Path(named).is_file():
+        raise SettingsError(f"SITTER_CONFIG names {named}, which is not a file")
+    return Path(named) if named else ROOT / "sitter.yaml"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Returns the settings in force.
+
+    Raises:
+        SettingsError: a value does not fit, a file names an unknown setting, or the environment has a
+            `SITTER_…` variable that nobody knows.
+    """
+    unknown = sorted(name for name in os.environ if name.startswith("SITTER_") and name != "SITTER_CONFIG")
+    if unknown:
+        raise SettingsError(f"unknown setting {unknown[0]}: settings have no prefix (HOST, PORT, USE_GPU, …)")
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]).upper() or "settings"
+        raise SettingsError(f"{name}: {first['msg']}") from error

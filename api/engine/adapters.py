@@ -1,0 +1,241 @@
+"""LoRA adapters: read from diffusers, peft and kohya files, and applied to a base while one picture is drawn.
+
+A LoRA holds, for some layers, factors A (rank, in) and B (out, rank): the layer's weight becomes
+W + scale · B A, with scale = alpha / rank (Hu et al., https://arxiv.org/abs/2106.09685, section 4.1).
+Only the factors are kept per user; the merged weights live as long as the drawing that uses them.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from torch import nn
+
+from api.engine.weights import SAFETENSORS_HINT, read_header
+from api.errors import ModelUnavailable
+
+WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+COMPONENTS = ("unet", "text_encoder")
+
+# (ending of a key, which factor it is); the first three styles also name the layer by dots, kohya by underscores.
+ENDINGS = (
+    (".lora_A.weight", "A"),  # peft, and diffusers since 0.22
+    (".lora_B.weight", "B"),
+    (".lora.down.weight", "A"),  # diffusers before
+    (".lora.up.weight", "B"),
+    ("_lora.down.weight", "A"),  # diffusers' attention processors, the oldest
+    ("_lora.up.weight", "B"),
+    (".lora_down.weight", "A"),  # kohya
+    (".lora_up.weight", "B"),
+    (".alpha", "alpha"),
+)
+PREFIXES = {
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "base_model.model.unet.": "unet",
+    "base_model.model.text_encoder.": "text_encoder",
+    "base_model.model.": "unet",  # peft saves a bare UNet so
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+}
+
+
+@dataclass(frozen=True)
+class LayerDelta:
+    """The factors of one layer: `down` (rank, in…) and `up` (out, rank…), as stored, and what their product counts."""
+
+    component: str
+    layer: str
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns W + scale · B A in the shape, precision and place of `weight`, summed in float32."""
+        up, down = (factor.to(weight.device, torch.float32).flatten(1) for factor in (self.up, self.down))
+        delta = (up @ down).reshape(weight.shape)
+        return (weight.float() + self.scale * delta).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA, checked against its base: every layer exists there and every product has its weight's shape."""
+
+    deltas: tuple[LayerDelta, ...]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields every factor."""
+        for delta in self.deltas:
+            yield delta.down
+            yield delta.up
+
+
+def find_adapter_file(path: Path) -> Path:
+    """Returns the weight file of the adapter at `path`, a folder or a file.
+
+    Raises:
+        ModelUnavailable: there is none.
+    """
+    if path.is_file():
+        return path
+    for name in WEIGHT_NAMES:
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if not path.exists():
+        raise ModelUnavailable(f"the adapter {path.name} is not there", "Check USER_MODELS in api/config.py.")
+    raise ModelUnavailable(f"{path.name} has no {WEIGHT_NAMES[0]}", SAFETENSORS_HINT)
+
+
+def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:
+    """Returns the adapter at `path`, its factors on the host, for the base `pipeline`.
+
+    Args:
+        path: the weight file, or the folder with it.
+        pipeline: the base that it is for.
+        strength: multiplies every scale; 1 is as trained.
+
+    Raises:
+        ModelUnavailable: the file is not whole, not a LoRA, of a kind that is refused (DoRA), or made for
+            another base. The reason names the first key that does not fit.
+    """
+    file = find_adapter_file(path)
+    read_header(file)
+    layers = {component: _layers(getattr(pipeline, component)) for component in COMPONENTS}
+    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    with safe_open(file, framework="pt") as tensors:
+        alphas = _Alphas.read(file, tensors.metadata() or {})
+        for key in tensors.keys():  # noqa: SIM118 - not a dict
+            component, layer, role = _parse(key, layers)
+            factors.setdefault((component, layer), {})[role] = tensors.get_tensor(key)
+    if not factors:
+        raise ModelUnavailable(f"{file.name} holds no LoRA weights")
+    return Adapter(
+        tuple(
+            _delta(component, layer, roles, layers[component], alphas, strength)
+            for (component, layer), roles in sorted(factors.items())
+        )
+    )
+
+
+@contextmanager
+def applied(adapter: Adapter | None, pipeline: StableDiffusionPipeline) -> Iterator[None]:
+    """Draws with the adapter inside the block: merged weights stand in for the base's own, which come back exactly.
+
+    Not for two threads at once over one base: the engine draws on one thread.
+    """
+    replaced: list[tuple[nn.Module, nn.Parameter]] = []
+    try:
+        for delta in adapter.deltas if adapter else ():
+            module = getattr(pipeline, delta.component).get_submodule(delta.layer)
+            merged = nn.Parameter(delta.merged(module.weight), requires_grad=False)
+            replaced.append((module, module.weight))
+            module.weight = merged
+        yield
+    finally:
+        for module, original in replaced:
+            module.weight = original
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[str, Layer]]:
+    """Returns the layers a LoRA may change by their name with every separator an underscore, as kohya writes it."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Layer))
+    return {name.replace(".", "_"): (name, layer) for name, layer in layers}
+
+
+def _parse(key: str, layers: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[str, str, str]:
+    """Returns the component, layer and role ("A", "B" or "alpha") that a key of the file names."""
+    if "dora_scale" in key or "lora_magnitude_vector" in key:
+        raise ModelUnavailable(f"the adapter is a DoRA ({key}), which is not supported", "Train it as a plain LoRA.")
+    for ending, role in ENDINGS:
+        if not key.endswith(ending):
+            continue
+        for prefix, component in PREFIXES.items():
+            if key.startswith(prefix):
+                name = key[len(prefix) : -len(ending)].replace(".processor", "").replace(".", "_")
+                # The oldest diffusers wrote to_out for to_out.0; transformers before 5 had one more level.
+                for candidate in (name, f"{name}_0", name.removeprefix("text_model_")):
+                    if candidate in layers[component]:
+                        return component, candidate, role
+    raise ModelUnavailable(f"the adapter's key {key} has no counterpart in the base", "Is it a LoRA for this base?")
+
+
+@dataclass(frozen=True)
+class _Alphas:
+    """The alpha of layers whose file keeps it beside the tensors, as peft and diffusers do."""
+
+    alpha: dict[str, float] = field(default_factory=dict)  # by component; "" for all
+    patterns: dict[str, float] = field(default_factory=dict)  # by end of the layer's name
+    rank_stabilized: bool = False
+
+    @classmethod
+    def read(cls, file: Path, metadata: dict[str, str]) -> "_Alphas":
+        """Reads peft's adapter_config.json beside the file, or diffusers' metadata inside it."""
+        try:
+            config: dict[str, Any] = {}
+            if (beside := file.with_name("adapter_config.json")).is_file():
+                config = {f".{name}": value for name, value in json.loads(beside.read_bytes()).items()}
+            elif "lora_adapter_metadata" in metadata:
+                config = json.loads(metadata["lora_adapter_metadata"])
+            if any(value for name, value in config.items() if name.endswith(".use_dora")):
+                raise ModelUnavailable("the adapter is a DoRA, which is not supported", "Train it as a plain LoRA.")
+            alpha = {
+                name.removesuffix("lora_alpha").rstrip("."): float(value)
+                for name, value in config.items()
+                if name.endswith(".lora_alpha")
+            }
+            patterns = [value for name, value in config.items() if name.endswith(".alpha_pattern") and value]
+            return cls(
+                alpha,
+                {layer.replace(".", "_"): float(value) for pattern in patterns for layer, value in pattern.items()},
+                any(value for name, value in config.items() if name.endswith(".use_rslora")),
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelUnavailable(f"the settings of the adapter {file.name} cannot be read") from error
+
+    def scale(self, component: str, layer: str, rank: int, stored: torch.Tensor | None) -> float:
+        """Returns alpha / rank (alpha / √rank when rank-stabilized); 1 where nothing tells the alpha."""
+        alpha = self.alpha.get(component, self.alpha.get("", float(rank)))
+        alpha = next((value for end, value in self.patterns.items() if layer.endswith(end)), alpha)
+        if stored is not None:
+            alpha = float(stored)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def _delta(
+    component: str,
+    layer: str,
+    roles: dict[str, torch.Tensor],
+    layers: dict[str, tuple[str, Layer]],
+    alphas: _Alphas,
+    strength: float,
+) -> LayerDelta:
+    name, module = layers[layer]
+    if not {"A", "B"} <= roles.keys():
+        raise ModelUnavailable(f"the adapter has one of the two factors of {name} only", "The file is incomplete.")
+    down, up = roles["A"], roles["B"]
+    shape, rank = tuple(module.weight.shape), down.shape[0]
+    # A convolution's product is (out, rank) @ (rank, in·k·k): B must be 1×1.
+    fits = up.shape[:2] == (shape[0], rank) and down.shape[1:].numel() == math.prod(shape[1:]) and up[0].numel() == rank
+    if not fits:
+        raise ModelUnavailable(
+            f"the adapter's {name} is {tuple(up.shape)} @ {tuple(down.shape)}, the base's {shape}",
+            "It was made for another base.",
+        )
+    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        raise ModelUnavailable(f"the adapter's {name} has values that are not finite", "Train or export it again.")
+    scale = strength * alphas.scale(component, layer, rank, roles.get("alpha"))
+    if not math.isfinite(scale):
+        raise ModelUnavailable(f"the adapter's {name} has an alpha that is not finite")
+    return LayerDelta(component, name, down, up, scale)

@@ -1,0 +1,219 @@
+"""The model cache: loaded once however many ask, counted in bytes, leased, and evicted least recently used first.
+
+Free of torch. What is cached is anything that can name its storages: `sizes` maps a storage's identity to
+`(device, bytes)`, so tensors that two models share are counted once, and freed with the last of them.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from api.errors import ModelUnavailable
+
+T = TypeVar("T")
+Sizes = Mapping[Hashable, tuple[str, int]]
+Reserve = Callable[[Mapping[str, int]], None]
+"""Called by a loader before it takes memory, with device → bytes: idle models leave to make room."""
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """What a loader returns: the value and its storages."""
+
+    value: T
+    sizes: Sizes
+
+
+@dataclass(eq=False)
+class _Entry(Generic[T]):
+    key: Hashable
+    future: "Future[Loaded[T]]" = field(default_factory=Future)
+    users: int = 0
+    hits: int = 0
+    stale: bool = False  # no longer in the cache: freed when the last user leaves
+
+
+@dataclass(frozen=True)
+class EntryInfo:
+    """One cached model as `sitter models` shows it; `own_bytes` are those it shares with no other."""
+
+    key: Hashable
+    own_bytes: int
+    total_bytes: int
+    users: int
+    hits: int
+
+
+class Lease(Generic[T]):
+    """A model in use: it is not evicted before `release`. Also a context manager; release is idempotent."""
+
+    def __init__(self, cache: "ModelCache[T]", entry: _Entry[T], hit: bool) -> None:
+        self._cache = cache
+        self._entry: _Entry[T] | None = entry
+        self.hit = hit
+        self.value = entry.future.result().value
+
+    def release(self) -> None:
+        """Ends the use. What the cache no longer wants is freed at the last release."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            del self.value
+            self._cache._release(entry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class ModelCache(Generic[T]):
+    """Models in memory under a byte budget for each device.
+
+    Args:
+        budgets: device → bytes. A device without a budget is unbounded.
+
+    An invariant, checked by `check`: the bytes counted on each device are those of the distinct storages of
+    the entries that are cached or still in use.
+    """
+
+    def __init__(self, budgets: Mapping[str, int]) -> None:
+        self.budgets = dict(budgets)
+        self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()  # least recently used first
+        self._storages: dict[Hashable, tuple[str, int, int]] = {}  # storage → (device, bytes, entries holding it)
+        self._held: set[_Entry[T]] = set()  # loaded entries, the stale but used ones included
+        self._lock = threading.RLock()
+
+    def lease(self, key: Hashable, load: Callable[[Reserve], Loaded[T]]) -> Lease[T]:
+        """Returns a lease of the model, loading it if need be. Many callers at once cause one load.
+
+        Args:
+            key: identity of the model.
+            load: loads it, calling `Reserve` first; run without the lock, by one caller at a time for each key.
+
+        Raises:
+            ModelUnavailable: it can never fit. Whatever `load` raises reaches every caller that waits for it.
+        """
+        with self._lock:
+            entry = self._entries.get(key)
+            loads = entry is None
+            if entry is None:
+                entry = self._entries[key] = _Entry(key)
+            entry.users += 1
+            self._entries.move_to_end(key)
+        if loads:
+            self._load(entry, load)
+        else:
+            try:
+                entry.future.result()
+            except BaseException:
+                self._release(entry)
+                raise
+            entry.hits += 1
+        return Lease(self, entry, hit=not loads)
+
+    def _load(self, entry: _Entry[T], load: Callable[[Reserve], Loaded[T]]) -> None:
+        try:
+            loaded = load(self._make_room)
+        except BaseException as error:
+            with self._lock:
+                self._forget(entry)
+                entry.users -= 1
+            entry.future.set_exception(error)
+            raise
+        with self._lock:
+            for storage, (device, size) in loaded.sizes.items():
+                held = self._storages.get(storage, (device, size, 0))[2]
+                self._storages[storage] = (device, size, held + 1)
+            self._held.add(entry)
+            entry.future.set_result(loaded)
+        self._make_room({})
+
+    def _make_room(self, expected: Mapping[str, int]) -> None:
+        """Evicts idle models, least recently used first, until `expected` more bytes fit or none is left."""
+        for device, budget in self.budgets.items():
+            wanted = expected.get(device, 0)
+            if wanted > budget:
+                raise ModelUnavailable(
+                    f"the model needs {wanted / 1e9:.2f} GB on {device}, the cache may take {budget / 1e9:.2f} GB",
+                    "Raise HOST_CACHE_GB or GPU_CACHE_GB, or use a smaller model.",
+                )
+            with self._lock:
+                for entry in list(self._entries.values()):
+                    if self.used(device) + wanted <= budget:
+                        break
+                    if entry.users == 0 and self._touches(entry, device):
+                        self._forget(entry)
+
+    def evict_idle(self) -> int:
+        """Drops every model that nobody uses; returns the bytes freed."""
+        with self._lock:
+            before = self.used()
+            for entry in list(self._entries.values()):
+                if entry.users == 0:
+                    self._forget(entry)
+            return before - self.used()
+
+    def clear(self) -> tuple[int, int]:
+        """Drops every model: returns bytes freed now, and bytes in use that follow at their last release."""
+        with self._lock:
+            before = self.used()
+            for entry in list(self._entries.values()):
+                self._forget(entry)
+            return before - self.used(), self.used()
+
+    def used(self, device: str | None = None) -> int:
+        """Returns the bytes held on `device`, or on all of them. Shared storages count once."""
+        with self._lock:
+            return sum(size for where, size, _ in self._storages.values() if device in (None, where))
+
+    def info(self) -> list[EntryInfo]:
+        """Returns the models that are loaded, most recently used first."""
+        with self._lock:
+            return [self._describe(entry) for entry in reversed(self._entries.values()) if entry in self._held]
+
+    def check(self) -> None:
+        """Raises AssertionError when the accounting is off. Cheap: meant for tests and idle time."""
+        with self._lock:
+            counted: dict[Hashable, int] = {}
+            for entry in self._held:
+                assert not (entry.stale and entry.users == 0), f"{entry.key} is neither cached nor used, but held"
+                for storage in entry.future.result().sizes:
+                    counted[storage] = counted.get(storage, 0) + 1
+            assert counted == {storage: held for storage, (_, _, held) in self._storages.items()}
+
+    def _describe(self, entry: _Entry[T]) -> EntryInfo:
+        sizes = entry.future.result().sizes
+        own = sum(size for storage, (_, size) in sizes.items() if self._storages[storage][2] == 1)
+        total = sum(size for _, size in sizes.values())
+        return EntryInfo(entry.key, own, total, entry.users, entry.hits)
+
+    def _touches(self, entry: _Entry[T], device: str) -> bool:
+        return any(where == device for where, _ in entry.future.result().sizes.values())
+
+    def _forget(self, entry: _Entry[T]) -> None:
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+        entry.stale = True
+        self._drop_if_unused(entry)
+
+    def _release(self, entry: _Entry[T]) -> None:
+        with self._lock:
+            entry.users -= 1
+            self._drop_if_unused(entry)
+        self._make_room({})  # a model over budget stays while it is used, and leaves now
+
+    def _drop_if_unused(self, entry: _Entry[T]) -> None:
+        if not entry.stale or entry.users or entry not in self._held:
+            return
+        self._held.remove(entry)
+        for storage in entry.future.result().sizes:
+            device, size, held = self._storages.pop(storage)
+            if held > 1:
+                self._storages[storage] = (device, size, held - 1)

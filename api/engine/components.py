@@ -1,0 +1,200 @@
+"""Loading a base: a diffusers folder, hub id or single file becomes a pipeline on the device, or a clear error."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from api.config import ModelSource, Settings, locate
+from api.engine.weights import SAFETENSORS_HINT, TensorPool, read_header
+from api.errors import ModelUnavailable, SitterError
+
+TENSOR_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker")
+COMMIT = re.compile("[0-9a-f]{40}")
+WEIGHTS = "*.safetensors"
+TRUSTED_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
+# A hub repository often holds each weight several times: pickles, half precision, and whole files at the root.
+HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]
+HUB_DUPLICATES = ["*.fp16.safetensors", "*.non_ema.safetensors"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where models live and in which precision."""
+
+    device: str
+    dtype: torch.dtype
+
+
+def choose_placement(settings: Settings) -> Placement:
+    """Returns the best device that the settings allow: CUDA, Apple MPS, then the CPU."""
+    device = "cpu"
+    if settings.use_gpu and torch.cuda.is_available():
+        device = "cuda"
+    elif settings.use_gpu and torch.backends.mps.is_available():
+        device = "mps"
+    automatic = torch.float32 if device == "cpu" else torch.float16
+    dtype = automatic if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return Placement(device, dtype)
+
+
+def find_folder(source: ModelSource, settings: Settings) -> Path:
+    """Returns the folder or file of the base on this disk; a hub id is downloaded first.
+
+    Raises:
+        ModelUnavailable: it is not there, or the hub cannot be reached or says no.
+    """
+    if source.hub_id is None:
+        path = locate(source.base)
+        if not path.exists():
+            raise ModelUnavailable(f"{source.base} is not there", "Check USER_MODELS in api/config.py.")
+        return path
+    if found := _downloaded(*source.hub_id):
+        return found
+    name, revision = source.hub_id
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                etag_timeout=settings.hub_timeout_seconds,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=HUB_DUPLICATES,
+            )
+        )
+    except GatedRepoError as error:
+        raise ModelUnavailable(
+            f"{name} asks for permission", "Accept its terms on the hub and set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelUnavailable(f"{name} has no revision {revision}", "Pin a commit that exists.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        hint = "Check the name in USER_MODELS; for a private model set HF_TOKEN."
+        raise ModelUnavailable(f"there is no folder {source.base}, and the hub has no model {name}", hint) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        hint = "Check the network, or download the model and put its folder in USER_MODELS."
+        raise ModelUnavailable(
+            f"there is no folder {source.base}, and the hub cannot be reached for {name}", hint
+        ) from error
+
+
+def is_downloaded(source: ModelSource) -> bool:
+    """Whether the base is on this disk already."""
+    return source.hub_id is None or _downloaded(*source.hub_id) is not None
+
+
+def _downloaded(name: str, revision: str | None) -> Path | None:
+    """Returns the snapshot of a pinned commit that is complete on this disk: such a one never changes."""
+    if revision is None or not COMMIT.fullmatch(revision):
+        return None
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def expected_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Returns the bytes that the weights under `path` take in `dtype`, from the headers of its files.
+
+    Raises:
+        ModelUnavailable: a file is not whole.
+    """
+    files = [path] if path.is_file() else [file for name in TENSOR_COMPONENTS for file in (path / name).glob(WEIGHTS)]
+    headers = (read_header(file) for file in files)
+    shapes = (tensor["shape"] for header in headers for name, tensor in header.items() if name != "__metadata__")
+    values: int = sum(math.prod(shape) for shape in shapes)
+    return values * dtype.itemsize
+
+
+def load_pipeline(source: ModelSource, path: Path, placement: Placement, pool: TensorPool) -> StableDiffusionPipeline:
+    """Returns the pipeline at `path` on the device, ready to draw; tensors that others hold already are shared.
+
+    Raises:
+        ModelUnavailable: a file is missing, corrupt, a pickle, or of a pipeline that is not supported.
+    """
+    try:
+        if path.is_file():
+            pipeline = _load_single_file(source, path, placement.dtype)
+        else:
+            pipeline = _load_folder(path, placement.dtype)
+    except (SitterError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a library makes of a broken model is one thing to the caller
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelUnavailable(f"{source.base} does not load: {reason}") from error
+    pipeline.to(placement.device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()  # several pictures are decoded one by one: the decoder's peak stays that of one
+    for name in TENSOR_COMPONENTS:
+        if (module := getattr(pipeline, name)) is not None:
+            module.requires_grad_(False).eval()
+            pool.share(name, module)
+    pipeline.tokenizer = pool.share_tokenizer(pipeline.tokenizer)
+    return pipeline
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    check_folder(folder)
+    return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def _load_single_file(source: ModelSource, file: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    read_header(file)
+    # A checkpoint holds weights only. The shapes and the tokenizer come from `config`, else from the hub's SD 1.5.
+    config = {"config": str(locate(source.config)), "local_files_only": True} if source.config else {}
+    try:
+        return StableDiffusionPipeline.from_single_file(str(file), dtype=dtype, **config)
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        hint = 'Give the entry a "config": a diffusers folder of the same architecture, for its shapes and tokenizer.'
+        raise ModelUnavailable(
+            f"{source.base} needs a configuration from the hub, which cannot be reached", hint
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Checks a diffusers folder without loading it: its classes, and that each weight file is whole.
+
+    Raises:
+        ModelUnavailable: the first thing that is wrong.
+    """
+    try:
+        index: dict[str, Any] = json.loads((folder / "model_index.json").read_bytes())
+        components = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+        pipeline_class, libraries = index["_class_name"], {part[0] for part in components.values()}
+    except FileNotFoundError as error:
+        raise ModelUnavailable(f"{folder.name} has no model_index.json: it is not a diffusers folder") from error
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ModelUnavailable(f"{folder.name}/model_index.json cannot be read") from error
+    if pipeline_class != "StableDiffusionPipeline":
+        raise ModelUnavailable(f"{folder.name} is a {pipeline_class}", "StableDiffusionPipeline models are supported.")
+    if foreign := libraries - TRUSTED_LIBRARIES:
+        raise ModelUnavailable(f"{folder.name} wants code from {min(map(str, foreign))}, which is refused")
+    for name in TENSOR_COMPONENTS:
+        if name not in components:
+            continue
+        weights = sorted((folder / name).glob(WEIGHTS))
+        if not weights:
+            raise ModelUnavailable(f"{folder.name}/{name} has no safetensors file", SAFETENSORS_HINT)
+        for file in weights:
+            read_header(file)
+
+
+def size_step(pipeline: StableDiffusionPipeline) -> int:
+    """Returns the number of pixels that width and height must be a multiple of (at least diffusers' own 8)."""
+    return max(8, int(pipeline.vae_scale_factor))

@@ -1,0 +1,123 @@
+"""Engine: one device. It loads bases and adapters for the cache and draws with them; the service knows only this."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import diffusers
+import psutil
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline
+
+from api.config import ModelSource, Settings, locate
+from api.engine import components, weights
+from api.engine.adapters import Adapter, find_adapter_file, load_adapter
+from api.engine.cache import Loaded
+from api.engine.pipeline import Drawing, OnStep, draw
+from api.errors import OutOfMemory
+from api.schemas import GenerateRequest
+
+HOST_SHARE = 0.5
+GPU_SHARE = 0.7
+# What PyTorch's CPU allocator says; on a GPU there is torch.OutOfMemoryError.
+HOST_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
+
+Base: TypeAlias = StableDiffusionPipeline
+
+
+class Engine:
+    """Loads and draws on one device.
+
+    Args:
+        settings: device, precision, threads and budgets.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        self._pool = weights.TensorPool()
+        self._placement = components.choose_placement(settings)
+        if settings.cpu_threads:
+            torch.set_num_threads(settings.cpu_threads)
+
+    @property
+    def device(self) -> str:
+        """Returns `cuda`, `mps` or `cpu`."""
+        return self._placement.device
+
+    @property
+    def dtype(self) -> str:
+        """Returns the precision of the weights, as in `float16`."""
+        return str(self._placement.dtype).removeprefix("torch.")
+
+    @property
+    def threads(self) -> int:
+        """Returns the CPU threads that one drawing uses."""
+        return torch.get_num_threads()
+
+    def free_bytes(self, device: str) -> int:
+        """Returns the memory that is free on `device` now."""
+        return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
+
+    def budgets(self) -> dict[str, int]:
+        """Returns device → bytes that models may take: as set, else a share of what is free now."""
+        budgets = {"cpu": int(self._settings.host_cache_gb * 1e9 or self.free_bytes("cpu") * HOST_SHARE)}
+        if self.device == "cuda":
+            budgets["cuda"] = int(self._settings.gpu_cache_gb * 1e9 or self.free_bytes("cuda") * GPU_SHARE)
+        return budgets
+
+    def find_base(self, source: ModelSource) -> tuple[Path, dict[str, int]]:
+        """Returns where the base is on this disk, downloaded if need be, and device → bytes it will take."""
+        path = components.find_folder(source, self._settings)
+        return path, {self.device: components.expected_bytes(path, self._placement.dtype)}
+
+    def is_downloaded(self, source: ModelSource) -> bool:
+        """Whether the base is on this disk, so that loading it asks no hub."""
+        return components.is_downloaded(source)
+
+    def load_base(self, source: ModelSource, path: Path) -> Loaded[Base]:
+        """Returns the base at `path`, on the device. Raises ModelUnavailable or OutOfMemory."""
+        with _our_out_of_memory():
+            pipeline = components.load_pipeline(source, path, self._placement, self._pool)
+        modules = (getattr(pipeline, name) for name in components.TENSOR_COMPONENTS)
+        tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
+        return Loaded(pipeline, weights.storages_of(tensors))
+
+    def find_adapter(self, lora: str) -> tuple[Path, dict[str, int]]:
+        """Returns the weight file of the LoRA, and device → bytes it will take."""
+        path = find_adapter_file(locate(lora))
+        return path, {"cpu": path.stat().st_size}
+
+    def load_adapter(self, path: Path, base: Base, strength: float) -> Loaded[Adapter]:
+        """Returns the LoRA at `path`, checked against its base, on the host. Raises ModelUnavailable."""
+        adapter = load_adapter(path, base, strength)
+        return Loaded(adapter, weights.storages_of(adapter.tensors()))
+
+    def draw(
+        self, base: Base, adapter: Adapter | None, request: GenerateRequest, seed: int, on_step: OnStep
+    ) -> Drawing:
+        """Draws the request; see `pipeline.draw`. Raises OutOfMemory besides."""
+        with _our_out_of_memory():
+            return draw(base, adapter, request, seed, on_step)
+
+    def free_memory(self) -> None:
+        """Hands memory that nothing refers to back to the device."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _our_out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("the GPU has no memory left for this picture") from error
+    except RuntimeError as error:
+        if any(words in str(error) for words in HOST_OUT_OF_MEMORY):
+            raise OutOfMemory("the computer has no memory left for this picture") from error
+        raise

@@ -1,0 +1,133 @@
+"""Drawing: one request, one stock diffusers call, from a leased model to finished pixels."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from api.engine.adapters import Adapter, applied
+from api.engine.components import size_step
+from api.errors import BadPicture, Blocked, InvalidRequest, UnsupportedSize
+from api.schemas import MAX_SEED, GenerateRequest
+
+SCHEDULERS: dict[str, type[Any]] = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Finished pictures, and the seconds that denoising and decoding took."""
+
+    images: list[Image.Image]
+    denoise_seconds: float
+    decode_seconds: float
+
+
+def check_size(pipeline: StableDiffusionPipeline, width: int, height: int) -> None:
+    """Raises UnsupportedSize, naming the nearest size, when the model cannot draw `width` × `height` pixels."""
+    step = size_step(pipeline)
+    if width % step or height % step:
+        nearest = " × ".join(str(max(256, min(1024, round(side / step) * step))) for side in (width, height))
+        raise UnsupportedSize(
+            f"this model draws widths and heights that are multiples of {step}, not {width} × {height}",
+            f"The nearest size is {nearest}.",
+        )
+
+
+def draw(
+    pipeline: StableDiffusionPipeline,
+    adapter: Adapter | None,
+    request: GenerateRequest,
+    seed: int,
+    on_step: OnStep,
+) -> Drawing:
+    """Returns the pictures of `request`, the first from `seed`, the next from `seed + 1` and so on.
+
+    The stock call does the denoising, with a scheduler and a pipeline object of its own: those keep state,
+    the modules behind them do not. Decoding is ours, so that latents are checked before anything is saved.
+
+    Args:
+        pipeline: the base; nobody else draws with it meanwhile.
+        adapter: LoRA applied for this drawing, or None.
+        request: what to draw.
+        seed: where the noise comes from; drawn on the CPU, so that it is the same on every device.
+        on_step: called after each step with (done, of); whatever it raises ends the drawing.
+
+    Raises:
+        UnsupportedSize: the model cannot draw this size.
+        BadPicture: latents or pixels are not finite.
+        Blocked: the model's safety checker refused a picture.
+    """
+    check_size(pipeline, request.width, request.height)
+    if seed + request.num_images - 1 > MAX_SEED:
+        raise InvalidRequest("the seed is too large for that many pictures")
+    own = StableDiffusionPipeline(
+        **{**pipeline.components, "scheduler": _scheduler(pipeline, request.scheduler)},
+        requires_safety_checker=False,
+    )
+    own.set_progress_bar_config(disable=True)
+
+    def after_step(_: Any, index: int, __: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        on_step(index + 1, request.num_inference_steps)
+        return tensors
+
+    with torch.inference_mode(), applied(adapter, pipeline):
+        started = time.perf_counter()
+        latents = own(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_images_per_prompt=request.num_images,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            # A model trained to zero terminal SNR says here how far guidance may widen its range:
+            # https://arxiv.org/abs/2305.08891, section 3.4.
+            guidance_rescale=pipeline.scheduler.config.get("_guidance_rescale", 0.0),
+            width=request.width,
+            height=request.height,
+            generator=[torch.Generator().manual_seed(seed + index) for index in range(request.num_images)],
+            output_type="latent",
+            callback_on_step_end=after_step,
+        ).images
+        denoised = time.perf_counter()
+        images = _decode(own, latents)
+    return Drawing(images, denoised - started, time.perf_counter() - denoised)
+
+
+def _scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> Any:
+    kind = SCHEDULERS[name] if name else type(pipeline.scheduler)
+    return kind.from_config(pipeline.scheduler.config)
+
+
+def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Returns the pictures of `latents` (pictures, channels, h/f, w/f)."""
+    if not torch.isfinite(latents).all():
+        raise BadPicture("the model lost its way: the latents are not finite")
+    scaled = latents / pipeline.vae.config.scaling_factor
+    pixels = pipeline.vae.decode(scaled, return_dict=False)[0]
+    if not torch.isfinite(pixels).all():  # known of SD's decoder in float16: once more in float32
+        pixels = copy.deepcopy(pipeline.vae).float().decode(scaled.float(), return_dict=False)[0]
+    if not torch.isfinite(pixels).all():
+        raise BadPicture("the decoder's pixels are not finite")
+    _, unsafe = pipeline.run_safety_checker(pixels, pixels.device, pipeline.unet.dtype)
+    if unsafe and any(unsafe):
+        raise Blocked("the model's safety checker refused the picture")
+    images: list[Image.Image] = pipeline.image_processor.postprocess(pixels, output_type="pil")
+    return images

@@ -1,0 +1,98 @@
+"""Weights: safetensors files checked before they are opened, and tensors that are equal held once."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from api.errors import ModelUnavailable
+
+MAX_HEADER_BYTES = 2 * 1024 * 1024
+MAX_TENSORS = 10_000
+FINGERPRINT_VALUES = 64
+SAFETENSORS_HINT = (
+    "Only safetensors are loaded, never pickles (.bin, .ckpt, .pt). Save the model again as .safetensors."
+)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Returns the header of a safetensors file: name → {dtype, shape, data_offsets}, and `__metadata__`.
+
+    Reads the header alone, so a file of any size is judged in milliseconds. Format:
+    https://github.com/huggingface/safetensors#format
+
+    Raises:
+        ModelUnavailable: the file is missing, cut short, not safetensors (whatever its name says), or has a
+            header over 2 MB or more than 10,000 tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise ModelUnavailable(f"{path.name} is not a safetensors file, or was cut short", SAFETENSORS_HINT)
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise ModelUnavailable(f"{path.name} is not a safetensors file", SAFETENSORS_HINT) from error
+    except OSError as error:
+        raise ModelUnavailable(f"{path.name} cannot be read: {error.strerror}") from error
+    if len(ends) > MAX_TENSORS:
+        raise ModelUnavailable(f"{path.name} has {len(ends)} tensors, over the limit of {MAX_TENSORS}")
+    missing = max(ends, default=0) - (size - 8 - length)
+    if missing > 0:
+        raise ModelUnavailable(f"{path.name} was cut short: {missing} bytes are missing", "Copy or download it again.")
+    return dict(header)
+
+
+def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields every parameter and buffer of `module`."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def storages_of(tensors: Iterator[torch.Tensor]) -> dict[Hashable, tuple[str, int]]:
+    """Returns the distinct storages behind `tensors`: identity → (device type, bytes)."""
+    storages = ((tensor.device.type, tensor.untyped_storage()) for tensor in tensors)
+    return {(device, storage.data_ptr()): (device, storage.nbytes()) for device, storage in storages}
+
+
+class TensorPool:
+    """Finds parameters and tokenizers that some loaded model holds already, so that each is held once.
+
+    It keeps nothing alive: what no model uses any more is gone from the pool as well.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: WeakValueDictionary[Hashable, nn.Parameter] = WeakValueDictionary()
+        self._tokenizers: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+
+    def share(self, component: str, module: nn.Module) -> None:
+        """Replaces each parameter of `module` by an equal one of the same name that is held already."""
+        for path, submodule in module.named_modules():
+            for name, parameter in submodule.named_parameters(recurse=False):
+                key = (component, path, name, *_fingerprint(parameter))
+                known = self._parameters.get(key)
+                # The fingerprint only finds the candidate: equality is checked on every value.
+                if known is not None and torch.equal(known, parameter):
+                    submodule.register_parameter(name, known)
+                else:
+                    self._parameters[key] = parameter
+
+    def share_tokenizer(self, tokenizer: Any) -> Any:
+        """Returns the tokenizer held already that reads every text as `tokenizer` does, or `tokenizer` itself."""
+        definition = tokenizer.backend_tokenizer.to_str() + repr((tokenizer.model_max_length, tokenizer.pad_token))
+        key = (type(tokenizer), hashlib.sha256(definition.encode()).digest())
+        return self._tokenizers.setdefault(key, tokenizer)
+
+
+def _fingerprint(parameter: nn.Parameter) -> tuple[Hashable, ...]:
+    values = parameter.detach().flatten()
+    sample = values[:: max(1, values.numel() // FINGERPRINT_VALUES)].to("cpu", torch.float32)
+    return tuple(parameter.shape), parameter.dtype, parameter.device.type, sample.numpy().tobytes()

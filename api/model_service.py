@@ -1,0 +1,250 @@
+"""ModelService: whose model draws, loaded lazily and once, cached by bytes, leased while it draws.
+
+Torch comes in with `api.engine`, which is imported off the event loop, so that the server listens at once.
+Loads run on the threads that ask for them; drawing runs on one thread, in the order of arrival.
+"""
+
+import io
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+from PIL import Image
+
+from api.config import ModelSource, Settings
+from api.engine.cache import Lease, Loaded, ModelCache, Reserve
+from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown
+from api.schemas import GenerateRequest, Timings
+
+if TYPE_CHECKING:
+    from api.engine.adapters import Adapter
+    from api.engine.engine import Base, Engine
+    from api.engine.pipeline import Drawing
+
+T = TypeVar("T")
+log = structlog.get_logger()
+OnStep = Callable[[int, int], None]
+
+RANDOM_SEEDS = 2**32
+FAILURE_MEMORY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Drawn pictures as PNG bytes with the seed of each, and how they were made."""
+
+    pngs: list[bytes]
+    seeds: list[int]
+    model_id: str
+    cache_hit: bool
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class LeasedModel:
+    """What draws for a user: a base and perhaps an adapter, both held in memory."""
+
+    base: "Base"
+    adapter: "Adapter | None"
+    cache_hit: bool
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """Identity of what is cached: a base, or an adapter over a base at one strength."""
+
+    base: str
+    config: str | None
+    lora: str | None = None
+    lora_scale: float = 1.0
+
+    def __str__(self) -> str:
+        return self.lora or self.base
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    drawing: "Drawing"
+    cache_hit: bool
+    load_seconds: float
+    queue_seconds: float
+
+
+@dataclass(frozen=True)
+class _Failure:
+    detail: str
+    hint: str
+    until: float
+
+
+class ModelService:
+    """Draws requests, each with its user's model.
+
+    Args:
+        settings: devices, budgets, and the models by user.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
+        self._started: Future[tuple[Engine, ModelCache[Any]]] = self._drawing.submit(_start, settings)
+        self._stopping = threading.Event()
+        self._failures: dict[ModelSource, _Failure] = {}
+
+    @property
+    def engine(self) -> "Engine":
+        """The engine; the first caller waits for torch's import, 2 to 5 seconds."""
+        return self._started.result()[0]
+
+    @property
+    def cache(self) -> ModelCache[Any]:
+        """The models in memory, for reading; waits as `engine` does."""
+        return self._started.result()[1]
+
+    def generate(self, request: GenerateRequest, on_step: OnStep = lambda done, of: None) -> Generation:
+        """Returns the pictures of `request`. Blocks until they are drawn: call it off the event loop.
+
+        Args:
+            request: what to draw, and for whom; a user without a model gets the default's.
+            on_step: called after each denoising step with (done, of), on the drawing thread.
+
+        Raises:
+            SitterError: the model is unavailable, memory ran out, the picture is not one, or the server stops.
+        """
+        source = self._settings.source_for(request.user_id)
+        seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
+        drawn = self._draw_with_model(source, request, seed, on_step)
+        began = time.perf_counter()
+        pngs = [_encode(image) for image in drawn.drawing.images]
+        timings = Timings(
+            queue=drawn.queue_seconds,
+            load=drawn.load_seconds,
+            denoise=drawn.drawing.denoise_seconds,
+            decode=drawn.drawing.decode_seconds,
+            encode=time.perf_counter() - began,
+        )
+        log.info("drawn", model=source.model_id, cache_hit=drawn.cache_hit, **timings.model_dump())
+        seeds = [seed + index for index in range(len(pngs))]
+        return Generation(pngs, seeds, source.model_id, drawn.cache_hit, timings)
+
+    @contextmanager
+    def lease(self, source: ModelSource) -> Iterator[LeasedModel]:
+        """Holds the model of `source` in memory inside the block, loading it if need be.
+
+        Raises:
+            ModelUnavailable: it does not load. A failure is remembered for 30 seconds, so that a broken model
+                costs the next request nothing.
+            OutOfMemory: there is no room for it, even without the idle models.
+        """
+        with ExitStack() as leases:
+            yield self._acquire(source, leases)
+
+    def clear_cache(self) -> tuple[int, int]:
+        """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
+        self._failures.clear()
+        freed = self.cache.clear()
+        self.engine.free_memory()
+        return freed
+
+    def close(self) -> None:
+        """Ends the drawing under way at its next step, refuses what waits, and frees the models."""
+        self._stopping.set()
+        self._drawing.shutdown(wait=True, cancel_futures=True)
+        self.cache.clear()
+
+    def _acquire(self, source: ModelSource, leases: ExitStack) -> LeasedModel:
+        failure = self._failures.get(source)
+        if failure and time.monotonic() < failure.until:
+            raise ModelUnavailable(failure.detail, failure.hint)
+        try:
+            base = self._retried_without_idle(lambda: self._lease_base(source))
+            leases.callback(base.release)
+            if source.lora is None:
+                return LeasedModel(base.value, None, base.hit)
+            adapter = self._lease_adapter(source, source.lora, base.value)
+            leases.callback(adapter.release)
+            return LeasedModel(base.value, adapter.value, base.hit and adapter.hit)
+        except ModelUnavailable as error:
+            until = time.monotonic() + FAILURE_MEMORY_SECONDS
+            self._failures[source] = _Failure(error.detail, error.hint, until)
+            log.warning("model_unavailable", model=source.model_id, reason=error.detail)
+            raise
+
+    def _lease_base(self, source: ModelSource) -> "Lease[Base]":
+        def load(reserve: Reserve) -> "Loaded[Base]":
+            path, expected = self.engine.find_base(source)
+            reserve(expected)
+            return self.engine.load_base(source, path)
+
+        return self.cache.lease(CacheKey(source.base, source.config), load)
+
+    def _lease_adapter(self, source: ModelSource, lora: str, base: "Base") -> "Lease[Adapter]":
+        def load(reserve: Reserve) -> "Loaded[Adapter]":
+            path, expected = self.engine.find_adapter(lora)
+            reserve(expected)
+            return self.engine.load_adapter(path, base, source.lora_scale)
+
+        return self.cache.lease(CacheKey(source.base, source.config, lora, source.lora_scale), load)
+
+    def _draw_with_model(self, source: ModelSource, request: GenerateRequest, seed: int, on_step: OnStep) -> _Drawn:
+        began = time.perf_counter()
+        with self.lease(source) as model:
+            asked = time.perf_counter()
+
+            def draw() -> "tuple[float, Drawing]":
+                self._raise_if_stopping()
+                return time.perf_counter(), self.engine.draw(model.base, model.adapter, request, seed, step)
+
+            def step(done: int, of: int) -> None:
+                self._raise_if_stopping()
+                on_step(done, of)
+
+            turn, drawing = self._retried_without_idle(lambda: self._on_drawing_thread(draw))
+            return _Drawn(drawing, model.cache_hit, load_seconds=asked - began, queue_seconds=turn - asked)
+
+    def _on_drawing_thread(self, action: Callable[[], T]) -> T:
+        try:
+            return self._drawing.submit(action).result()
+        except (CancelledError, RuntimeError) as error:
+            if self._stopping.is_set():
+                raise ShuttingDown("the server is stopping") from error
+            raise
+
+    def _raise_if_stopping(self) -> None:
+        # The main thread is gone when the process was told to end at once, without `close`.
+        if self._stopping.is_set() or not threading.main_thread().is_alive():
+            raise ShuttingDown("the server is stopping")
+
+    def _retried_without_idle(self, action: Callable[[], T]) -> T:
+        """Returns what `action` does; when memory runs out, once more without the idle models."""
+        try:
+            return action()
+        except OutOfMemory:
+            log.warning("out_of_memory", evicting=self.cache.used())
+        # Out of the except block: the exception's frames held the tensors that did not fit.
+        self.cache.evict_idle()
+        self.engine.free_memory()
+        return action()
+
+
+def _start(settings: Settings) -> "tuple[Engine, ModelCache[Any]]":
+    # Their warnings speak to developers; what an operator needs arrives as an exception. Read at import.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from api.engine.engine import Engine
+
+    engine = Engine(settings)
+    return engine, ModelCache(engine.budgets())
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

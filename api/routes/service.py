@@ -1,0 +1,42 @@
+"""What every route needs: the opened service, and a way to run blocking work beside the event loop."""
+
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from fastapi import Depends, Request
+
+from api.errors import Busy
+from api.wiring import Service
+
+T = TypeVar("T")
+
+
+def get_service(request: Request) -> Service:
+    """Returns the service that the lifespan opened."""
+    service: Service = request.app.state.service
+    return service
+
+
+class Waiting:
+    """Bounds the requests that draw or wait to draw: each holds a thread."""
+
+    def __init__(self, most: int) -> None:
+        self._limiter = CapacityLimiter(most)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Returns what `work` does on a thread. Raises Busy when all threads are taken."""
+        if self._limiter.available_tokens < 1:
+            raise Busy(f"{int(self._limiter.total_tokens)} requests are waiting already")
+        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+
+
+def get_waiting(request: Request) -> Waiting:
+    """Returns the bound on waiting requests."""
+    waiting: Waiting = request.app.state.waiting
+    return waiting
+
+
+ServiceDep = Annotated[Service, Depends(get_service)]
+WaitingDep = Annotated[Waiting, Depends(get_waiting)]
