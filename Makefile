@@ -1,0 +1,81 @@
+# Sitter: `make` alone lists what there is.
+SHELL := /bin/sh
+VENV  := .venv
+BIN   := $(VENV)/bin
+# More arguments for the program of a target: make test ARGS="-k floors"
+ARGS  ?=
+
+# The first Python that runs and is new enough.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# PyPI's torch for Linux brings gigabytes of CUDA libraries: without an NVIDIA driver take the CPU wheel.
+# `make setup TORCH_INDEX=` always takes the default wheel.
+CPU_INDEX   := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1 || echo $(CPU_INDEX))
+
+# --no-compile: Python compiles what it imports on first use, a small part of these libraries.
+PIP   := python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --no-compile
+TORCH  = $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint bench demo-model lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/setup.stamp ## create .venv and install what the service needs
+
+run: $(VENV)/setup.stamp ## start the service (HOST, PORT and every other setting come from the environment)
+	@exec $(BIN)/sitter serve $(ARGS)
+
+test: $(VENV)/dev.stamp ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/setup.stamp ## measure; writes docs/benchmarks.md
+	$(BIN)/python -m bench $(ARGS)
+
+demo-model: $(VENV)/training.stamp ## make models/demo anew (hours on a CPU)
+	$(BIN)/python -m training.make $(ARGS)
+
+lock: $(VENV)/python.stamp ## renew constraints.txt from a fresh environment
+	rm -rf .lock && $(PYTHON) -m venv .lock
+	.lock/bin/$(INSTALL) --no-deps --retries 2 --extra-index-url $(CPU_INDEX) $(TORCH)
+	.lock/bin/$(INSTALL) -e '.[dev,training]'
+	{ echo '# The lock of all extras, made by `make lock`.'; \
+	  .lock/bin/$(PIP) freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.part
+	mv constraints.txt.part constraints.txt && rm -rf .lock
+
+clean: ## remove the environment and every cache
+	rm -rf $(VENV) .lock .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/python.stamp:
+	@[ -n "$(PYTHON)" ] || { echo 'Sitter needs Python 3.11 or newer. Install it, or say where it is: make PYTHON=/path/to/python3'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo '$(PYTHON) is missing or older than Python 3.11. Say where a newer one is: make PYTHON=/path/to/python3'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo '$(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: sudo apt install python3-venv'; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch goes first and alone, from its own index; everything else then finds it already there.
+$(VENV)/setup.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
+	$(BIN)/$(INSTALL) --no-deps $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/$(INSTALL) -c constraints.txt -e .
+	@touch $@
+
+# The tests of training/ draw with its renderer.
+$(VENV)/dev.stamp: $(VENV)/setup.stamp
+	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev,training]'
+	@touch $@
+
+$(VENV)/training.stamp: $(VENV)/setup.stamp
+	$(BIN)/$(INSTALL) -c constraints.txt -e '.[training]'
+	@touch $@
