@@ -1,0 +1,31 @@
+"""`python -m bench [name …]`: prints one line a figure, and writes docs/benchmarks.md when it ran them all."""
+
+import sys
+
+from api.config import ROOT
+from bench import attention, drawing, loading, start
+from bench.figures import Figure, page
+
+BENCHES = {
+    "start": ("Starting", start.figures),
+    "loading": ("Loading models", loading.figures),
+    "drawing": ("Drawing", drawing.figures),
+    "attention": ("Attention on a CPU", attention.figures),
+}
+
+
+def main(names: list[str]) -> None:
+    """Runs the benches of these names, or all."""
+    sections: dict[str, list[Figure]] = {}
+    for name in names or BENCHES:
+        title, figures = BENCHES[name]
+        sections[title] = []
+        for figure in figures():
+            print(figure, flush=True)
+            sections[title].append(figure)
+    if not names:
+        page(sections, ROOT / "docs" / "benchmarks.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
