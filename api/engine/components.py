@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -63,19 +64,17 @@ def find_folder(source: ModelSource, settings: Settings) -> Path:
         if not path.exists():
             raise ModelUnavailable(f"{source.base} is not there", "Check USER_MODELS in api/config.py.")
         return path
-    if found := _downloaded(*source.hub_id):
-        return found
     name, revision = source.hub_id
+    pinned = revision is not None and COMMIT.fullmatch(revision)
+    if pinned and (found := _downloaded(name, revision)):
+        return found
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     try:
+        # Asked first because it gives up in time; the download alone would try again for half a minute.
+        HfApi(token=token).model_info(name, revision=revision, timeout=settings.hub_timeout_seconds)
         return Path(
             snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                etag_timeout=settings.hub_timeout_seconds,
-                allow_patterns=HUB_FILES,
-                ignore_patterns=HUB_DUPLICATES,
+                name, revision=revision, token=token, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES
             )
         )
     except GatedRepoError as error:
@@ -87,11 +86,11 @@ def find_folder(source: ModelSource, settings: Settings) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         hint = "Check the name in USER_MODELS; for a private model set HF_TOKEN."
         raise ModelUnavailable(f"there is no folder {source.base}, and the hub has no model {name}", hint) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        if found := _downloaded(name, revision):
+            return found
         hint = "Check the network, or download the model and put its folder in USER_MODELS."
-        raise ModelUnavailable(
-            f"there is no folder {source.base}, and the hub cannot be reached for {name}", hint
-        ) from error
+        raise ModelUnavailable(f"there is no folder {source.base}, and the hub cannot be reached", hint) from error
 
 
 def is_downloaded(source: ModelSource) -> bool:
@@ -100,13 +99,13 @@ def is_downloaded(source: ModelSource) -> bool:
 
 
 def _downloaded(name: str, revision: str | None) -> Path | None:
-    """Returns the snapshot of a pinned commit that is complete on this disk: such a one never changes."""
-    if revision is None or not COMMIT.fullmatch(revision):
-        return None
+    """Returns the snapshot on this disk, if it is whole: an interrupted download leaves a part of one."""
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        check_folder(folder)
+    except (LocalEntryNotFoundError, ModelUnavailable):
         return None
+    return folder
 
 
 def expected_bytes(path: Path, dtype: torch.dtype) -> int:
