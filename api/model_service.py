@@ -154,10 +154,9 @@ class ModelService:
         return freed
 
     def close(self) -> None:
-        """Ends the drawing under way at its next step, refuses what waits, and frees the models."""
+        """Ends the drawing under way at its next step and refuses what waits."""
         self._stopping.set()
         self._drawing.shutdown(wait=True, cancel_futures=True)
-        self.cache.clear()
 
     def _acquire(self, source: ModelSource, leases: ExitStack) -> LeasedModel:
         failure = self._failures.get(source)

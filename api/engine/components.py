@@ -26,11 +26,11 @@ from api.errors import ModelUnavailable, SitterError
 
 TENSOR_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker")
 COMMIT = re.compile("[0-9a-f]{40}")
-WEIGHTS = "*.safetensors"
+VARIANT = re.compile(r"\.(fp16|bf16|non_ema)\.")
 TRUSTED_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
 # A hub repository often holds each weight several times: pickles, half precision, and whole files at the root.
 HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]
-HUB_DUPLICATES = ["*.fp16.safetensors", "*.non_ema.safetensors"]
+HUB_DUPLICATES = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ def find_folder(source: ModelSource, settings: Settings) -> Path:
         raise ModelUnavailable(f"there is no folder {source.base}, and the hub cannot be reached", hint) from error
 
 
+def weight_files(component: Path) -> list[Path]:
+    """Returns the weight files of a component's folder, half-precision and other variants left out."""
+    return [file for file in sorted(component.glob("*.safetensors")) if not VARIANT.search(file.name)]
+
+
 def is_downloaded(source: ModelSource) -> bool:
     """Whether the base is on this disk already."""
     return source.hub_id is None or _downloaded(*source.hub_id) is not None
@@ -114,7 +119,7 @@ def expected_bytes(path: Path, dtype: torch.dtype) -> int:
     Raises:
         ModelUnavailable: a file is not whole.
     """
-    files = [path] if path.is_file() else [file for name in TENSOR_COMPONENTS for file in (path / name).glob(WEIGHTS)]
+    files = [path] if path.is_file() else [file for name in TENSOR_COMPONENTS for file in weight_files(path / name)]
     headers = (read_header(file) for file in files)
     shapes = (tensor["shape"] for header in headers for name, tensor in header.items() if name != "__metadata__")
     values: int = sum(math.prod(shape) for shape in shapes)
@@ -187,7 +192,7 @@ def check_folder(folder: Path) -> None:
     for name in TENSOR_COMPONENTS:
         if name not in components:
             continue
-        weights = sorted((folder / name).glob(WEIGHTS))
+        weights = weight_files(folder / name)
         if not weights:
             raise ModelUnavailable(f"{folder.name}/{name} has no safetensors file", SAFETENSORS_HINT)
         for file in weights:

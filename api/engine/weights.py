@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import threading
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def read_header(path: Path) -> dict[str, Any]:
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ModelUnavailable(f"{path.name} is not a safetensors file, or was cut short", SAFETENSORS_HINT)
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            ends = [_end_of(entry) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelUnavailable(f"{path.name} is not a safetensors file", SAFETENSORS_HINT) from error
     except OSError as error:
         raise ModelUnavailable(f"{path.name} cannot be read: {error.strerror}") from error
@@ -49,6 +50,15 @@ def read_header(path: Path) -> dict[str, Any]:
     if missing > 0:
         raise ModelUnavailable(f"{path.name} was cut short: {missing} bytes are missing", "Copy or download it again.")
     return dict(header)
+
+
+def _end_of(entry: Any) -> int:
+    """Returns where the data of a header's entry ends. Raises ValueError when it describes no tensor."""
+    match entry:
+        case {"dtype": str(), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            if 0 <= begin <= end and all(isinstance(side, int) and side >= 0 for side in shape):
+                return end
+    raise ValueError("not a tensor")
 
 
 def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -72,24 +82,27 @@ class TensorPool:
     def __init__(self) -> None:
         self._parameters: WeakValueDictionary[Hashable, nn.Parameter] = WeakValueDictionary()
         self._tokenizers: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+        self._lock = threading.Lock()  # models load on several threads
 
     def share(self, component: str, module: nn.Module) -> None:
         """Replaces each parameter of `module` by an equal one of the same name that is held already."""
-        for path, submodule in module.named_modules():
-            for name, parameter in submodule.named_parameters(recurse=False):
-                key = (component, path, name, *_fingerprint(parameter))
-                known = self._parameters.get(key)
-                # The fingerprint only finds the candidate: equality is checked on every value.
-                if known is not None and torch.equal(known, parameter):
-                    submodule.register_parameter(name, known)
-                else:
-                    self._parameters[key] = parameter
+        with self._lock:
+            for path, submodule in module.named_modules():
+                for name, parameter in submodule.named_parameters(recurse=False):
+                    key = (component, path, name, *_fingerprint(parameter))
+                    known = self._parameters.get(key)
+                    # The fingerprint only finds the candidate: equality is checked on every value.
+                    if known is not None and torch.equal(known, parameter):
+                        submodule.register_parameter(name, known)
+                    else:
+                        self._parameters[key] = parameter
 
     def share_tokenizer(self, tokenizer: Any) -> Any:
         """Returns the tokenizer held already that reads every text as `tokenizer` does, or `tokenizer` itself."""
         definition = tokenizer.backend_tokenizer.to_str() + repr((tokenizer.model_max_length, tokenizer.pad_token))
         key = (type(tokenizer), hashlib.sha256(definition.encode()).digest())
-        return self._tokenizers.setdefault(key, tokenizer)
+        with self._lock:
+            return self._tokenizers.setdefault(key, tokenizer)
 
 
 def _fingerprint(parameter: nn.Parameter) -> tuple[Hashable, ...]:
