@@ -10,13 +10,13 @@ from api.schemas import CacheCleared, CachedModel, CacheResponse
 router = APIRouter(prefix="/cache", tags=["Service"])
 
 
-@router.get("")
+@router.get("", summary="Show the models in memory")
 async def show_cache(service: ServiceDep) -> CacheResponse:
     """Lists the models in memory, most recently used first."""
     return await anyio.to_thread.run_sync(_describe, service.models)
 
 
-@router.delete("")
+@router.delete("", summary="Free the models in memory")
 async def clear_cache(service: ServiceDep) -> CacheCleared:
     """Frees the models that are idle now, and those in use once their last picture is done."""
     freed, deferred = await anyio.to_thread.run_sync(service.models.clear_cache)

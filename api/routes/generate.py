@@ -26,7 +26,7 @@ Drawn = Annotated[GenerateRequest, Body(openapi_examples=EXAMPLES)]
 ERRORS = error_responses(400, 413, 422, 500, 503, 507)
 
 
-@router.post("/generate", responses=ERRORS)
+@router.post("/generate", summary="Draw a picture: JSON", responses=ERRORS)
 async def generate_json(request: Drawn, service: ServiceDep, waiting: WaitingDep) -> GenerateResponse:
     """Draws a picture with the user's own model; answers with the PNG in base64 and where it is kept."""
     return (await waiting.run(lambda: generate(request, service.models, service.pictures))).response
@@ -34,6 +34,7 @@ async def generate_json(request: Drawn, service: ServiceDep, waiting: WaitingDep
 
 @router.post(
     "/generate/image",
+    summary="Draw a picture: PNG",
     response_class=Response,
     responses={
         **ERRORS,

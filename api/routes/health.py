@@ -10,7 +10,7 @@ from api.schemas import HealthResponse
 router = APIRouter(tags=["Service"])
 
 
-@router.get("/health")
+@router.get("/health", summary="Is it up?")
 async def health(service: ServiceDep) -> HealthResponse:
     """Says that the server is up, and what it holds. Waits for the device only in its first seconds."""
     engine = await anyio.to_thread.run_sync(lambda: service.models.engine)
