@@ -1,0 +1,40 @@
+"""The parts together as a stock StableDiffusionPipeline folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_log
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_log
+
+from training.unet import NOISE
+
+# Read by whoever calls the pipeline, as its `guidance_rescale` argument. Diffusers keeps the private key.
+GUIDANCE_RESCALE = 0.7
+
+
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    scheduler = DPMSolverMultistepScheduler(**NOISE, algorithm_type="dpmsolver++", solver_order=2)
+    scheduler.register_to_config(_guidance_rescale=GUIDANCE_RESCALE)
+    return scheduler
+
+
+def assemble(vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel,
+             folder: Path) -> None:
+    """Write the pipeline in fp16."""
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
+    pipe.to(torch.float16).save_pretrained(folder)
+
+
+def open_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """In float32, silent."""
+    diffusers_log.disable_progress_bar()
+    transformers_log.disable_progress_bar()
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
