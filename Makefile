@@ -49,7 +49,7 @@ lock: $(VENV)/python.stamp ## renew constraints.txt from a fresh environment
 	.lock/bin/$(INSTALL) --no-deps --retries 2 --extra-index-url $(CPU_INDEX) $(TORCH)
 	.lock/bin/$(INSTALL) -e '.[dev,training]'
 	{ echo '# The lock of all extras, made by `make lock`.'; \
-	  .lock/bin/$(PIP) freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.part
+	  .lock/bin/$(PIP) freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.part
 	mv constraints.txt.part constraints.txt && rm -rf .lock
 
 clean: ## remove the environment and every cache
