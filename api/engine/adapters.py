@@ -7,6 +7,7 @@ Only the factors are kept per user; the merged weights live as long as the drawi
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from api.engine.weights import SAFETENSORS_HINT, read_header
-from api.errors import ModelUnavailable
+from api.errors import ModelUnavailable, SitterError
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 Layer: TypeAlias = nn.Linear | nn.Conv2d
@@ -31,6 +32,8 @@ ENDINGS = (
     (".lora_B.weight", "B"),
     (".lora.down.weight", "A"),  # diffusers before
     (".lora.up.weight", "B"),
+    (".lora_linear_layer.down.weight", "A"),  # the same, for the text encoder
+    (".lora_linear_layer.up.weight", "B"),
     ("_lora.down.weight", "A"),  # diffusers' attention processors, the oldest
     ("_lora.up.weight", "B"),
     (".lora_down.weight", "A"),  # kohya
@@ -112,10 +115,19 @@ def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float)
     """
     file = find_adapter_file(path)
     read_header(file)
+    try:
+        return _read(file, pipeline, strength)
+    except SitterError:
+        raise
+    except Exception as error:  # whatever a library makes of a broken file is one thing to the caller
+        raise ModelUnavailable(f"the adapter {file.name} does not load: {error}", "Export it again.") from error
+
+
+def _read(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:
     layers = {component: _layers(getattr(pipeline, component)) for component in COMPONENTS}
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     with safe_open(file, framework="pt") as tensors:
-        alphas = _Alphas.read(file, tensors.metadata() or {})
+        alphas = _read_alphas(file, tensors.metadata() or {})
         for key in tensors.keys():  # noqa: SIM118 - not a dict
             component, layer, role = _parse(key, layers)
             factors.setdefault((component, layer), {})[role] = tensors.get_tensor(key)
@@ -123,7 +135,7 @@ def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float)
         raise ModelUnavailable(f"{file.name} holds no LoRA weights")
     return Adapter(
         tuple(
-            _delta(component, layer, roles, layers[component], alphas, strength)
+            _delta(component, layer, roles, layers[component], alphas[component], strength)
             for (component, layer), roles in sorted(factors.items())
         )
     )
@@ -173,44 +185,47 @@ def _parse(key: str, layers: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[s
 
 @dataclass(frozen=True)
 class _Alphas:
-    """The alpha of layers whose file keeps it beside the tensors, as peft and diffusers do."""
+    """The alphas of a component whose file keeps them beside the tensors, as peft and diffusers do."""
 
-    alpha: dict[str, float] = field(default_factory=dict)  # by component; "" for all
-    patterns: dict[str, float] = field(default_factory=dict)  # by end of the layer's name
+    alpha: float | None = None
+    patterns: dict[str, float] = field(default_factory=dict)  # by the last parts of the layer's name
     rank_stabilized: bool = False
 
     @classmethod
-    def read(cls, file: Path, metadata: dict[str, str]) -> "_Alphas":
-        """Reads peft's adapter_config.json beside the file, or diffusers' metadata inside it."""
-        try:
-            config: dict[str, Any] = {}
-            if (beside := file.with_name("adapter_config.json")).is_file():
-                config = {f".{name}": value for name, value in json.loads(beside.read_bytes()).items()}
-            elif "lora_adapter_metadata" in metadata:
-                config = json.loads(metadata["lora_adapter_metadata"])
-            if any(value for name, value in config.items() if name.endswith(".use_dora")):
-                raise ModelUnavailable("the adapter is a DoRA, which is not supported", "Train it as a plain LoRA.")
-            alpha = {
-                name.removesuffix("lora_alpha").rstrip("."): float(value)
-                for name, value in config.items()
-                if name.endswith(".lora_alpha")
-            }
-            patterns = [value for name, value in config.items() if name.endswith(".alpha_pattern") and value]
-            return cls(
-                alpha,
-                {layer.replace(".", "_"): float(value) for pattern in patterns for layer, value in pattern.items()},
-                any(value for name, value in config.items() if name.endswith(".use_rslora")),
-            )
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ModelUnavailable(f"the settings of the adapter {file.name} cannot be read") from error
+    def of(cls, config: dict[str, Any]) -> "_Alphas":
+        """Reads the fields of a peft LoraConfig."""
+        if config.get("use_dora"):
+            raise ModelUnavailable("the adapter is a DoRA, which is not supported", "Train it as a plain LoRA.")
+        patterns = {layer: float(value) for layer, value in (config.get("alpha_pattern") or {}).items()}
+        # peft takes regular expressions; a file from anybody must not bring one that runs forever.
+        if odd := [layer for layer in patterns if not re.fullmatch(r"[\w.]+", layer)]:
+            raise ModelUnavailable(f"the adapter's alpha_pattern {odd[0]} is not the plain name of a layer")
+        alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
+        return cls(alpha, patterns, bool(config.get("use_rslora")))
 
-    def scale(self, component: str, layer: str, rank: int, stored: torch.Tensor | None) -> float:
+    def scale(self, name: str, rank: int, stored: torch.Tensor | None) -> float:
         """Returns alpha / rank (alpha / √rank when rank-stabilized); 1 where nothing tells the alpha."""
-        alpha = self.alpha.get(component, self.alpha.get("", float(rank)))
-        alpha = next((value for end, value in self.patterns.items() if layer.endswith(end)), alpha)
+        alpha = float(rank) if self.alpha is None else self.alpha
+        alpha = next((value for end, value in self.patterns.items() if f".{name}".endswith(f".{end}")), alpha)
         if stored is not None:
             alpha = float(stored)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def _read_alphas(file: Path, metadata: dict[str, str]) -> dict[str, _Alphas]:
+    """Reads peft's adapter_config.json beside the file, or diffusers' metadata inside it, for each component."""
+    try:
+        if (beside := file.with_name("adapter_config.json")).is_file():
+            config = json.loads(beside.read_bytes())
+            return {component: _Alphas.of(config) for component in COMPONENTS}
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        prefixes = {component: f"{component}." for component in COMPONENTS}
+        return {
+            component: _Alphas.of({name.removeprefix(p): value for name, value in config.items() if name.startswith(p)})
+            for component, p in prefixes.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelUnavailable(f"the settings of the adapter {file.name} cannot be read") from error
 
 
 def _delta(
@@ -225,17 +240,20 @@ def _delta(
     if not {"A", "B"} <= roles.keys():
         raise ModelUnavailable(f"the adapter has one of the two factors of {name} only", "The file is incomplete.")
     down, up = roles["A"], roles["B"]
-    shape, rank = tuple(module.weight.shape), down.shape[0]
+    shape, rank = tuple(module.weight.shape), down.shape[0] if down.dim() else 0
     # A convolution's product is (out, rank) @ (rank, in·k·k): B must be 1×1.
     fits = up.shape[:2] == (shape[0], rank) and down.shape[1:].numel() == math.prod(shape[1:]) and up[0].numel() == rank
-    if not fits:
+    if not rank or not fits:
         raise ModelUnavailable(
             f"the adapter's {name} is {tuple(up.shape)} @ {tuple(down.shape)}, the base's {shape}",
             "It was made for another base.",
         )
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise ModelUnavailable(f"the adapter's {name} has values that are not finite", "Train or export it again.")
-    scale = strength * alphas.scale(component, layer, rank, roles.get("alpha"))
+    stored = roles.get("alpha")
+    if stored is not None and stored.numel() != 1:
+        raise ModelUnavailable(f"the adapter's {name} has an alpha that is not one number")
+    scale = strength * alphas.scale(name, rank, stored)
     if not math.isfinite(scale):
         raise ModelUnavailable(f"the adapter's {name} has an alpha that is not finite")
     return LayerDelta(component, name, down, up, scale)
