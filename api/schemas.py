@@ -1,5 +1,6 @@
 """Every shape on the wire and its bounds. `GenerateRequest` travels down to the engine unchanged."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -14,8 +15,8 @@ Scheduler = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc"]
 
 def _printable(text: str) -> str:
     text = text.strip()
-    if any(ord(character) < 32 and character not in "\t\n\r" for character in text):
-        raise ValueError("control characters are not allowed")
+    if re.search(r"[^\t\n\r -\ud7ff\ue000-\U0010ffff]", text):
+        raise ValueError("control characters and half surrogate pairs are not allowed")
     return text
 
 
