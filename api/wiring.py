@@ -36,13 +36,16 @@ def open_service(settings: Settings) -> Iterator[Service]:
 def _configure_logging(level: str) -> None:
     """Sends structured lines to stderr: coloured for a terminal, JSON for a machine."""
     terminal = sys.stderr.isatty()
+    # Local variables stay out of tracebacks: prompts are among them.
+    traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            *([] if terminal else [structlog.processors.dict_tracebacks]),
-            structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(),
+            *([] if terminal else [structlog.processors.ExceptionRenderer(traceback)]),
+            console if terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
