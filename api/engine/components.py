@@ -86,9 +86,11 @@ def find_folder(source: ModelSource, settings: Settings) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         hint = "Check the name in USER_MODELS; for a private model set HF_TOKEN."
         raise ModelUnavailable(f"there is no folder {source.base}, and the hub has no model {name}", hint) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
         if found := _downloaded(name, revision):
             return found
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise ModelUnavailable(f"the hub refuses to hand out {name}", "Check HF_TOKEN.") from error
         hint = "Check the network, or download the model and put its folder in USER_MODELS."
         raise ModelUnavailable(f"there is no folder {source.base}, and the hub cannot be reached", hint) from error
 
@@ -106,7 +108,15 @@ def is_downloaded(source: ModelSource) -> bool:
 def _downloaded(name: str, revision: str | None) -> Path | None:
     """Returns the snapshot on this disk, if it is whole: an interrupted download leaves a part of one."""
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=HUB_DUPLICATES,
+            )
+        )
         check_folder(folder)
     except (LocalEntryNotFoundError, ModelUnavailable):
         return None
@@ -137,12 +147,17 @@ def load_pipeline(source: ModelSource, path: Path, placement: Placement, pool: T
             pipeline = _load_single_file(source, path, placement.dtype)
         else:
             pipeline = _load_folder(path, placement.dtype)
+        _make_ready(pipeline, placement.device, pool)
     except (SitterError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a library makes of a broken model is one thing to the caller
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnavailable(f"{source.base} does not load: {reason}") from error
-    pipeline.to(placement.device)
+    return pipeline
+
+
+def _make_ready(pipeline: StableDiffusionPipeline, device: str, pool: TensorPool) -> None:
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()  # several pictures are decoded one by one: the decoder's peak stays that of one
     for name in TENSOR_COMPONENTS:
@@ -150,12 +165,22 @@ def load_pipeline(source: ModelSource, path: Path, placement: Placement, pool: T
             module.requires_grad_(False).eval()
             pool.share(name, module)
     pipeline.tokenizer = pool.share_tokenizer(pipeline.tokenizer)
-    return pipeline
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     check_folder(folder)
-    return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    # What a file lacks, diffusers reports; transformers draws it at random.
+    stored = {name for file in weight_files(folder / "text_encoder") for name in read_header(file)}
+    lacking = {_flat_name(name) for name, _ in pipeline.text_encoder.named_parameters()} - set(map(_flat_name, stored))
+    if lacking:
+        raise ModelUnavailable(f"{folder.name}/text_encoder has no {min(lacking)}", "Copy or download it again.")
+    return pipeline
+
+
+def _flat_name(name: str) -> str:
+    # Files of transformers before 5 have one more level.
+    return name.removeprefix("text_model.")
 
 
 def _load_single_file(source: ModelSource, file: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -183,7 +208,7 @@ def check_folder(folder: Path) -> None:
         pipeline_class, libraries = index["_class_name"], {part[0] for part in components.values()}
     except FileNotFoundError as error:
         raise ModelUnavailable(f"{folder.name} has no model_index.json: it is not a diffusers folder") from error
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ModelUnavailable(f"{folder.name}/model_index.json cannot be read") from error
     if pipeline_class != "StableDiffusionPipeline":
         raise ModelUnavailable(f"{folder.name} is a {pipeline_class}", "StableDiffusionPipeline models are supported.")
@@ -197,6 +222,10 @@ def check_folder(folder: Path) -> None:
             raise ModelUnavailable(f"{folder.name}/{name} has no safetensors file", SAFETENSORS_HINT)
         for file in weights:
             read_header(file)
+    tokenizer = folder / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "vocab.json").is_file():
+        # transformers makes an empty one: every prompt would read alike.
+        raise ModelUnavailable(f"{folder.name}/tokenizer has neither tokenizer.json nor vocab.json")
 
 
 def size_step(pipeline: StableDiffusionPipeline) -> int:
