@@ -196,3 +196,7 @@ def load_settings(**overrides: Any) -> Settings:
         first = error.errors(include_input=False, include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]).upper() or "settings"
         raise SettingsError(f"{name}: {first['msg']}") from error
+    except SettingsError:
+        raise
+    except Exception as error:  # a file that is no YAML, a variable that is no JSON: each library has its own
+        raise SettingsError(f"the settings cannot be read: {error}") from error
