@@ -153,11 +153,16 @@ def applied(adapter: Adapter | None, pipeline: StableDiffusionPipeline) -> Itera
             module = getattr(pipeline, delta.component).get_submodule(delta.layer)
             merged = nn.Parameter(delta.merged(module.weight), requires_grad=False)
             replaced.append((module, module.weight))
-            module.weight = merged
+            _set_weight(module, merged)
         yield
     finally:
         for module, original in replaced:
-            module.weight = original
+            _set_weight(module, original)
+
+
+def _set_weight(module: nn.Module, weight: nn.Parameter) -> None:
+    # Not `module.weight = …`: while another thread loads a model, accelerate has that put weights on "meta".
+    module._parameters["weight"] = weight
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, Layer]]:

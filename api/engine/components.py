@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ TRUSTED_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
 # A hub repository often holds each weight several times: pickles, half precision, and whole files at the root.
 HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]
 HUB_DUPLICATES = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
+
+# While they load, diffusers, transformers and accelerate change torch itself (`nn.Module.register_parameter`,
+# the initialisers, the default dtype): two loads at once leave weights on "meta", in this model or the next.
+_ONE_LOAD = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,12 @@ def load_pipeline(source: ModelSource, path: Path, placement: Placement, pool: T
         ModelUnavailable: a file is missing, corrupt, a pickle, or of a pipeline that is not supported.
     """
     try:
-        if path.is_file():
-            pipeline = _load_single_file(source, path, placement.dtype)
-        else:
-            pipeline = _load_folder(path, placement.dtype)
-        _make_ready(pipeline, placement.device, pool)
+        with _ONE_LOAD:
+            if path.is_file():
+                pipeline = _load_single_file(source, path, placement.dtype)
+            else:
+                pipeline = _load_folder(path, placement.dtype)
+            _make_ready(pipeline, placement.device, pool)
     except (SitterError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a library makes of a broken model is one thing to the caller
