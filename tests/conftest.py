@@ -1,0 +1,20 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from api.config import Settings
+from tests import builders
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*Settings.model_fields, "sitter_config"} & {name.lower() for name in os.environ}:
+        for spelling in (name, name.upper()):
+            monkeypatch.delenv(spelling, raising=False)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base in a diffusers folder; not to be changed."""
+    return builders.save_pipeline(tmp_path_factory.mktemp("models") / "base")

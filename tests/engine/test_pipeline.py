@@ -1,0 +1,267 @@
+"""The lane draws exactly what the stock diffusers call draws."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil
+
+from api.engine.adapters import load_adapter
+from api.engine.pipeline import SCHEDULERS, Drawing, draw
+from api.errors import BadPicture, Blocked, InvalidRequest, UnsupportedSize
+from api.schemas import MAX_SEED, GenerateRequest
+from tests import builders
+
+
+@pytest.fixture
+def base() -> StableDiffusionPipeline:
+    return builders.pipeline()
+
+
+def ours(base: StableDiffusionPipeline, seed: int = 7, **fields: Any) -> list[Image.Image]:
+    return draw(base, None, builders.request(**fields), seed, lambda done, of: None).images
+
+
+def theirs(base: StableDiffusionPipeline, request: GenerateRequest, **arguments: Any) -> list[Image.Image]:
+    """The bare call on a pipeline of its own."""
+    scheduler = SCHEDULERS[request.scheduler] if request.scheduler else DDIMScheduler
+    pipeline = StableDiffusionPipeline(
+        **{**base.components, "scheduler": scheduler.from_config(base.scheduler.config)},
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = pipeline(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        num_images_per_prompt=request.num_images,
+        generator=[torch.Generator().manual_seed(7 + index) for index in range(request.num_images)],
+        **arguments,
+    ).images
+    return images
+
+
+def difference(some: list[Image.Image], other: list[Image.Image]) -> int:
+    """The largest difference of any pixel."""
+    assert len(some) == len(other)
+    pairs = [(np.asarray(one, int), np.asarray(two, int)) for one, two in zip(some, other, strict=True)]
+    return max(int(abs(one - two).max()) for one, two in pairs)
+
+
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+def test_the_picture_is_that_of_the_stock_call(base: StableDiffusionPipeline, scheduler: str | None) -> None:
+    request = builders.request(scheduler=scheduler, num_inference_steps=4)
+    images = ours(base, scheduler=scheduler, num_inference_steps=4)
+    assert difference(images, theirs(base, request)) == 0
+    assert images[0].size == (256, 256)
+    assert np.asarray(images[0]).std() > 10  # not a flat picture, which would equal any other
+
+
+def test_every_scheduler_draws_otherwise(base: StableDiffusionPipeline) -> None:
+    pictures = {name: ours(base, scheduler=name, num_inference_steps=4)[0].tobytes() for name in SCHEDULERS}
+    assert len(set(pictures.values())) == len(SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_images": 3},
+        {"width": 320, "height": 256},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 20.0},
+        {"negative_prompt": "glasses"},
+        {"prompt": "word " * 400},
+    ],
+    ids=str,
+)
+def test_every_field_does_what_it_does_in_the_stock_call(base: StableDiffusionPipeline, fields: dict[str, Any]) -> None:
+    assert difference(ours(base, **fields), theirs(base, builders.request(**fields))) == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": "a cat"}, {"negative_prompt": "a cat"}, {"guidance_scale": 2.0}, {"num_inference_steps": 3}],
+    ids=str,
+)
+def test_every_field_changes_the_picture(base: StableDiffusionPipeline, fields: dict[str, Any]) -> None:
+    assert difference(ours(base, **fields), ours(base)) > 0
+
+
+def test_several_pictures_are_those_of_their_seeds(base: StableDiffusionPipeline) -> None:
+    three = ours(base, num_images=3)
+    for index, image in enumerate(three):
+        # A batch's matrix products round otherwise than one row's: one level of 255 at most.
+        assert difference([image], ours(base, seed=7 + index)) <= 1
+    assert difference(three[:1], three[1:2]) > 10
+
+
+def test_the_same_seed_draws_the_same_picture_after_others(base: StableDiffusionPipeline) -> None:
+    first = ours(base, scheduler="unipc")
+    ours(base, seed=8, scheduler="euler_a", num_inference_steps=5)
+    assert difference(ours(base, scheduler="unipc"), first) == 0
+
+
+def test_a_scheduler_that_asks_for_rescaled_guidance_gets_it() -> None:
+    scheduler = DDIMScheduler.from_config({**builders.SCHEDULER, "_guidance_rescale": 0.7})
+    base = builders.pipeline(scheduler=scheduler)
+    request = builders.request(guidance_scale=15.0)
+    images = ours(base, guidance_scale=15.0)
+    assert difference(images, theirs(base, request, guidance_rescale=0.7)) == 0
+    assert difference(images, theirs(base, request)) > 0
+
+
+def test_rescaled_guidance_survives_saving(tmp_path: Path) -> None:
+    scheduler = DDIMScheduler.from_config({**builders.SCHEDULER, "_guidance_rescale": 0.7})
+    builders.pipeline(scheduler=scheduler).save_pretrained(tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert loaded.scheduler.config["_guidance_rescale"] == 0.7
+
+
+def with_steps_of(step: int) -> StableDiffusionPipeline:
+    blocks = int(math.log2(step)) + 1
+    return builders.pipeline(
+        vae={
+            **builders.VAE,
+            "block_out_channels": (4,) * blocks,
+            "down_block_types": ("DownEncoderBlock2D",) * blocks,
+            "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "width", "height", "nearest"),
+    [
+        (8, 300, 256, "304 × 256"),
+        (8, 1023, 257, "1024 × 256"),
+        (16, 264, 1017, "256 × 1024"),
+        (64, 500, 700, "512 × 704"),
+    ],
+)
+def test_a_size_between_steps_is_refused_with_the_nearest(step: int, width: int, height: int, nearest: str) -> None:
+    with pytest.raises(UnsupportedSize, match=f"multiples of {step}, not {width} × {height}") as caught:
+        ours(with_steps_of(step), width=width, height=height)
+    assert caught.value.hint == f"The nearest size is {nearest}."
+
+
+def test_seeds_may_not_run_over(base: StableDiffusionPipeline) -> None:
+    with pytest.raises(InvalidRequest, match="seed is too large"):
+        ours(base, seed=MAX_SEED, num_images=2)
+    assert len(ours(base, seed=MAX_SEED, num_images=1)) == 1
+
+
+def test_latents_that_are_not_finite_are_no_picture(base: StableDiffusionPipeline) -> None:
+    base.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(BadPicture, match="latents are not finite"):
+        ours(base)
+
+
+def test_pixels_that_are_not_finite_are_no_picture(base: StableDiffusionPipeline) -> None:
+    base.vae.decoder.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(BadPicture, match="pixels are not finite"):
+        ours(base)
+
+
+def test_a_decoder_that_overflows_in_half_precision_decodes_in_full(base: StableDiffusionPipeline) -> None:
+    # Beyond float16's 65504 inside, an ordinary picture at the end.
+    base.vae.decoder.conv_in.weight.data.mul_(1e5)
+    base.vae.decoder.conv_in.bias.data.mul_(1e5)
+    expected = ours(base)
+    base.vae.to(torch.float16)
+    base.unet.to(torch.float16)
+    base.text_encoder.to(torch.float16)
+    images = ours(base)
+    assert base.vae.dtype == torch.float16
+    assert np.abs(np.asarray(images[0], int) - np.asarray(expected[0], int)).mean() < 3
+
+
+def test_on_step_counts_from_one_to_the_last(base: StableDiffusionPipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    draw(base, None, builders.request(num_inference_steps=5), 7, lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_what_on_step_raises_ends_the_drawing_and_leaves_the_base(
+    base: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    factors = builders.factors(base.unet, builders.UNET_LAYERS)
+    adapter = load_adapter(builders.diffusers_lora(tmp_path / "lora.safetensors", factors, {}), base, 1.0)
+    before = ours(base)
+    parameters = {name: id(parameter) for name, parameter in base.unet.named_parameters()}
+    steps: list[int] = []
+
+    def stop(done: int, of: int) -> None:
+        steps.append(done)
+        if done == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        draw(base, adapter, builders.request(num_inference_steps=50), 7, stop)
+    assert steps == [1, 2]
+    assert {name: id(parameter) for name, parameter in base.unet.named_parameters()} == parameters
+    assert difference(ours(base), before) == 0
+
+
+def test_the_adapter_draws_and_leaves(base: StableDiffusionPipeline, tmp_path: Path) -> None:
+    factors = builders.factors(base.unet, builders.UNET_LAYERS)
+    file = builders.diffusers_lora(tmp_path / "lora.safetensors", factors, {})
+    plain = ours(base)
+    drawn = draw(base, load_adapter(file, base, 1.0), builders.request(), 7, lambda done, of: None).images
+    assert difference(drawn, plain) > 10
+    reference = builders.pipeline()
+    reference.load_lora_weights(tmp_path, weight_name=file.name)
+    assert difference(drawn, theirs(reference, builders.request())) <= 1  # W + BA rounds otherwise than Wx + B(Ax)
+    assert difference(ours(base), plain) == 0
+
+
+def test_times_are_told(base: StableDiffusionPipeline) -> None:
+    drawing = draw(base, None, builders.request(), 7, lambda done, of: None)
+    assert isinstance(drawing, Drawing)
+    assert drawing.denoise_seconds > 0
+    assert drawing.decode_seconds > 0
+
+
+def checker(threshold: float) -> StableDiffusionSafetyChecker:
+    """The real class with random weights: its cosine distances lie between −1 and 1."""
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**tiny, "vocab_size": 10},
+        vision_config={**tiny, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    made = StableDiffusionSafetyChecker(config)
+    made.concept_embeds_weights.data.fill_(threshold)
+    made.special_care_embeds_weights.data.fill_(threshold)
+    return made.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("threshold", "blocks"), [(-2.0, True), (2.0, False)])
+def test_the_safety_checker_of_the_model_has_the_last_word(
+    base: StableDiffusionPipeline, threshold: float, blocks: bool
+) -> None:
+    plain = ours(base, num_images=2)
+    checked = StableDiffusionPipeline(
+        **{
+            **base.components,
+            "safety_checker": checker(threshold),
+            "feature_extractor": CLIPImageProcessorPil(size=32, crop_size=32),
+        }
+    )
+    if blocks:
+        with pytest.raises(Blocked, match="safety checker"):
+            ours(checked, num_images=2)
+    else:
+        assert difference(ours(checked, num_images=2), plain) == 0
