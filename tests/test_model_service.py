@@ -1,0 +1,351 @@
+import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from api.config import ModelSource
+from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown
+from api.model_service import ModelService
+from tests import builders
+
+WAIT = 60  # seconds until a lost thread fails the test
+Open = Callable[..., ModelService]
+
+
+@pytest.fixture(scope="module")
+def sources(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
+    """A base for all, two adapters over it, and another base."""
+    folder = tmp_path_factory.mktemp("sitters")
+    unet = builders.pipeline().unet
+    for seed, name in enumerate(("ada", "bo")):
+        factors = builders.factors(unet, builders.UNET_LAYERS, seed=seed)
+        builders.diffusers_lora(folder / f"{name}.safetensors", factors, {})
+    return {
+        "default": builders.source(base_folder),
+        "ada": builders.source(base_folder, lora=str(folder / "ada.safetensors")),
+        "bo": builders.source(base_folder, lora=str(folder / "bo.safetensors")),
+        "chi": builders.source(builders.save_pipeline(folder / "chi", seed=1)),
+    }
+
+
+@pytest.fixture
+def open_service(sources: dict[str, ModelSource]) -> Iterator[Open]:
+    opened = []
+
+    def open_one(more: dict[str, ModelSource] | None = None, **fields: Any) -> ModelService:
+        opened.append(ModelService(builders.settings({**sources, **(more or {})}, **fields)))
+        return opened[-1]
+
+    yield open_one
+    for service in opened:
+        service.close()
+
+
+@pytest.fixture
+def service(open_service: Open) -> ModelService:
+    return open_service()
+
+
+def draw(service: ModelService, user: str, **fields: Any) -> bytes:
+    return service.generate(builders.request(user_id=user, **fields)).pngs[0]
+
+
+def cached(service: ModelService) -> set[str]:
+    return {str(info.key) for info in service.cache.info()}
+
+
+def users(service: ModelService) -> int:
+    return sum(info.users for info in service.cache.info())
+
+
+def test_a_generation_says_how_it_was_made(service: ModelService, sources: dict[str, ModelSource]) -> None:
+    generation = service.generate(builders.request(user_id="ada", num_images=3, seed=40, width=320))
+    assert generation.seeds == [40, 41, 42]
+    assert generation.model_id == sources["ada"].lora
+    pictures = [Image.open(io.BytesIO(png)) for png in generation.pngs]
+    assert [(picture.format, picture.size) for picture in pictures] == [("PNG", (320, 256))] * 3
+    assert generation.timings.denoise > 0
+    assert generation.timings.decode > 0
+    assert generation.timings.load > 0
+
+
+def test_a_seed_is_chosen_and_told(service: ModelService) -> None:
+    first, second = (service.generate(builders.request(seed=None)) for _ in range(2))
+    assert first.seeds != second.seeds
+    assert draw(service, "default", seed=first.seeds[0]) == first.pngs[0]
+
+
+def test_a_user_without_a_model_gets_the_default(service: ModelService, sources: dict[str, ModelSource]) -> None:
+    generation = service.generate(builders.request(user_id="nobody"))
+    assert generation.model_id == sources["default"].base
+    assert generation.pngs[0] == draw(service, "default")
+
+
+def test_every_user_gets_another_picture(service: ModelService) -> None:
+    assert len({draw(service, user) for user in ("default", "ada", "bo", "chi")}) == 4
+
+
+def test_the_cache_is_told_hit_or_miss(service: ModelService) -> None:
+    asked = [("ada", False), ("ada", True), ("bo", False), ("default", True), ("chi", False), ("bo", True)]
+    assert [(user, service.generate(builders.request(user_id=user)).cache_hit) for user, _ in asked] == asked
+
+
+def test_bases_share_what_is_equal(service: ModelService) -> None:
+    draw(service, "default")
+    alone = service.cache.used()
+    draw(service, "chi")
+    one, other = service.cache.info()
+    assert one.total_bytes == other.total_bytes == alone
+    assert service.cache.used() == alone + one.own_bytes
+    assert one.own_bytes < alone
+    service.cache.check()
+
+
+def test_many_requests_at_once_load_each_model_once(service: ModelService, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    load_base = service.engine.load_base
+    load_adapter = service.engine.load_adapter
+
+    def counted_base(source: ModelSource, path: Path) -> Any:
+        loads.append(path.name)
+        return load_base(source, path)
+
+    def counted_adapter(path: Path, *rest: Any) -> Any:
+        loads.append(path.name)
+        return load_adapter(path, *rest)
+
+    monkeypatch.setattr(service.engine, "load_base", counted_base)
+    monkeypatch.setattr(service.engine, "load_adapter", counted_adapter)
+    start = threading.Barrier(12)
+
+    def work(index: int) -> bytes:
+        start.wait(WAIT)
+        return draw(service, ("ada", "bo", "chi")[index % 3])
+
+    with ThreadPoolExecutor(12) as pool:
+        assert len(set(pool.map(work, range(12)))) == 3
+    assert sorted(loads) == ["ada.safetensors", "base", "bo.safetensors", "chi"]
+
+
+def test_users_of_one_base_never_mix(service: ModelService, open_service: Open) -> None:
+    jobs = [
+        (user, {"seed": seed, "scheduler": scheduler, "num_inference_steps": steps})
+        for seed, (scheduler, steps) in enumerate([(None, 2), ("euler_a", 3), ("unipc", 4), ("dpmpp_2m", 2)])
+        for user in ("ada", "bo")
+    ] * 2
+    start = threading.Barrier(8)
+
+    def work(thread: int) -> list[bytes]:
+        start.wait(WAIT)
+        return [draw(service, user, **fields) for user, fields in jobs[thread::8]]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(work, range(8)))
+    alone = open_service()
+    for thread, pictures in enumerate(together):
+        assert pictures == [draw(alone, user, **fields) for user, fields in jobs[thread::8]]
+
+
+def test_switching_models_under_a_small_budget_draws_the_same(open_service: Open, service: ModelService) -> None:
+    draw(service, "default")
+    one = service.cache.used()
+    expected = {user: draw(service, user) for user in ("default", "chi", "ada")}
+    small = open_service(host_cache_gb=1.05 * one / 1e9)
+    for user in ("default", "chi", "ada", "chi", "default", "ada"):
+        assert draw(small, user) == expected[user]
+        small.cache.check()
+    assert small.cache.used() <= 1.05 * one
+
+
+class Failing:
+    """Stands in for a method of the engine: fails a number of times, then does as it did."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, service: ModelService, method: str, times: int) -> None:
+        self.real = getattr(service.engine, method)
+        self.left = times
+        self.calls = 0
+        monkeypatch.setattr(service.engine, method, self)
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        if self.left:
+            self.left -= 1
+            raise OutOfMemory("no room")
+        return self.real(*args)
+
+
+@pytest.mark.parametrize("method", ["draw", "load_base"])
+def test_out_of_memory_evicts_the_idle_and_tries_again(
+    service: ModelService, monkeypatch: pytest.MonkeyPatch, sources: dict[str, ModelSource], method: str
+) -> None:
+    expected = draw(service, "default")
+    service.clear_cache()
+    draw(service, "chi")
+    failing = Failing(monkeypatch, service, method, times=1)
+    assert draw(service, "default") == expected
+    assert failing.calls == 2
+    assert cached(service) == {sources["default"].base}
+
+
+@pytest.mark.parametrize("method", ["draw", "load_base"])
+def test_out_of_memory_twice_is_an_error_of_that_request_alone(
+    service: ModelService, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    failing = Failing(monkeypatch, service, method, times=2)
+    with pytest.raises(OutOfMemory, match="no room"):
+        draw(service, "ada")
+    assert failing.calls == 2
+    assert users(service) == 0
+    assert draw(service, "ada")  # out of memory is not remembered as a broken model
+    service.cache.check()
+
+
+def test_a_model_over_the_budget_is_unavailable(open_service: Open) -> None:
+    with pytest.raises(ModelUnavailable, match="the cache may take"):
+        draw(open_service(host_cache_gb=1e-6), "default")
+
+
+def test_a_broken_model_is_remembered_until_the_cache_is_cleared(
+    open_service: Open, base_folder: Path, tmp_path: Path
+) -> None:
+    folder = builders.copy_of(base_folder, tmp_path / "eve")
+    index = (folder / "model_index.json").read_bytes()
+    (folder / "model_index.json").unlink()
+    service = open_service({"eve": builders.source(folder)})
+    reasons = []
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match="eve has no model_index") as caught:
+            draw(service, "eve")
+        reasons.append((caught.value.detail, caught.value.hint))
+        # The disk is whole from now on: only an answer from memory still refuses.
+        (folder / "model_index.json").write_bytes(index)
+    assert len(set(reasons)) == 1
+    assert draw(service, "default")
+    service.clear_cache()
+    assert draw(service, "eve") == draw(service, "default")
+
+
+def test_a_broken_model_is_tried_again_after_a_while(
+    open_service: Open, tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.model_service.FAILURE_MEMORY_SECONDS", 0.0)
+    service = open_service({"eve": builders.source(tmp_path / "eve")})
+    with pytest.raises(ModelUnavailable, match="is not there"):
+        draw(service, "eve")
+    builders.copy_of(base_folder, tmp_path / "eve")
+    assert draw(service, "eve")
+
+
+def test_a_broken_adapter_leaves_its_base_free(open_service: Open, base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora.safetensors").write_bytes(b"")
+    service = open_service({"eve": builders.source(base_folder, lora=str(tmp_path / "lora.safetensors"))})
+    with pytest.raises(ModelUnavailable, match=r"lora\.safetensors"):
+        draw(service, "eve")
+    assert cached(service) == {str(base_folder)}
+    assert users(service) == 0
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_drawing_that_fails_leaves_its_models_free(service: ModelService) -> None:
+    def stop(done: int, of: int) -> None:
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        service.generate(builders.request(user_id="ada"), stop)
+    assert users(service) == 0
+    assert draw(service, "default") != draw(service, "ada")
+
+
+def test_on_step_counts(service: ModelService) -> None:
+    seen: list[tuple[int, int]] = []
+    service.generate(builders.request(num_inference_steps=3), lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_clearing_frees_the_idle_now_and_the_used_later(service: ModelService, sources: dict[str, ModelSource]) -> None:
+    draw(service, "chi")
+    with service.lease(sources["ada"]) as model:
+        assert model.adapter is not None
+        before = service.cache.used()
+        freed, deferred = service.clear_cache()
+        assert freed > 0
+        assert deferred > 0
+        assert freed + deferred == before
+        assert service.cache.used() == deferred
+    assert service.cache.used() == 0
+    service.cache.check()
+
+
+class Held:
+    """A drawing that stops after its first step until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.drawing = threading.Event()
+        self.go_on = threading.Event()
+        self.steps = 0
+
+    def __call__(self, done: int, of: int) -> None:
+        self.steps = done
+        self.drawing.set()
+        assert self.go_on.wait(WAIT)
+
+
+def test_a_model_cleared_while_it_draws_finishes_its_picture(service: ModelService) -> None:
+    expected = draw(service, "ada", num_inference_steps=3)
+    held = Held()
+    with ThreadPoolExecutor(1) as pool:
+        request = builders.request(user_id="ada", num_inference_steps=3)
+        drawing = pool.submit(service.generate, request, held)
+        assert held.drawing.wait(WAIT)
+        freed, deferred = service.clear_cache()
+        assert (freed, cached(service)) == (0, set())
+        held.go_on.set()
+        assert drawing.result(WAIT).pngs == [expected]
+    assert deferred > 0
+    assert service.cache.used() == 0
+
+
+def test_closing_ends_the_drawing_and_refuses_what_waits(
+    service: ModelService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(service, "ada")
+    submitted = threading.Semaphore(0)
+    submit = service._drawing.submit
+
+    def counted(*args: Any) -> Any:
+        future = submit(*args)
+        submitted.release()
+        return future
+
+    monkeypatch.setattr(service._drawing, "submit", counted)
+    held = Held()
+    with ThreadPoolExecutor(4) as pool:
+        drawing = pool.submit(service.generate, builders.request(user_id="ada", num_inference_steps=150), held)
+        assert held.drawing.wait(WAIT)
+        waiting = [pool.submit(service.generate, builders.request(user_id="bo")) for _ in range(2)]
+        for _ in range(3):
+            assert submitted.acquire(timeout=WAIT)
+        closing = pool.submit(service.close)
+        assert service._stopping.wait(WAIT)
+        held.go_on.set()
+        errors = [future.exception(WAIT) for future in (drawing, *waiting)]
+        closing.result(WAIT)
+    assert [type(error) for error in errors] == [ShuttingDown] * 3
+    assert held.steps == 1
+    assert users(service) == 0
+    with pytest.raises(ShuttingDown):
+        draw(service, "ada")
+
+
+def test_a_service_may_be_closed_at_once_and_twice(open_service: Open) -> None:
+    service = open_service()
+    service.close()
+    service.close()
