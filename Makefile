@@ -14,9 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 CPU_INDEX   := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1 || echo $(CPU_INDEX))
 
-# --no-compile: Python compiles what it imports on first use, a small part of these libraries.
 PIP   := python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --no-compile
 TORCH  = $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -46,8 +44,8 @@ demo-model: $(VENV)/training.stamp ## make models/demo anew (hours on a CPU)
 
 lock: $(VENV)/python.stamp ## renew constraints.txt from a fresh environment
 	rm -rf .lock && $(PYTHON) -m venv .lock
-	.lock/bin/$(INSTALL) --no-deps --retries 2 --extra-index-url $(CPU_INDEX) $(TORCH)
-	.lock/bin/$(INSTALL) -e '.[dev,training]'
+	.lock/bin/$(PIP) install --no-deps --retries 2 --extra-index-url $(CPU_INDEX) $(TORCH)
+	.lock/bin/$(PIP) install -e '.[dev,training]'
 	{ echo '# The lock of all extras, made by `make lock`.'; \
 	  .lock/bin/$(PIP) freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.part
 	mv constraints.txt.part constraints.txt && rm -rf .lock
@@ -58,7 +56,7 @@ clean: ## remove the environment and every cache
 
 $(VENV)/python.stamp:
 	@[ -n "$(PYTHON)" ] || { echo 'Sitter needs Python 3.11 or newer. Install it, or say where it is: make PYTHON=/path/to/python3'; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo '$(PYTHON) is missing or older than Python 3.11. Say where a newer one is: make PYTHON=/path/to/python3'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo '$(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: sudo apt install python3-venv'; exit 1; }
@@ -67,15 +65,15 @@ $(VENV)/python.stamp:
 
 # torch goes first and alone, from its own index; everything else then finds it already there.
 $(VENV)/setup.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
-	$(BIN)/$(INSTALL) --no-deps $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/$(INSTALL) -c constraints.txt -e .
+	$(BIN)/$(PIP) install --no-deps $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 # The tests of training/ draw with its renderer.
 $(VENV)/dev.stamp: $(VENV)/setup.stamp
-	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev,training]'
+	$(BIN)/$(PIP) install -c constraints.txt -e '.[dev,training]'
 	@touch $@
 
 $(VENV)/training.stamp: $(VENV)/setup.stamp
-	$(BIN)/$(INSTALL) -c constraints.txt -e '.[training]'
+	$(BIN)/$(PIP) install -c constraints.txt -e '.[training]'
 	@touch $@
