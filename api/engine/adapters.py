@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
-from api.engine.weights import SAFETENSORS_HINT, read_header
+from api.engine.weights import SAFETENSORS_HINT, is_out_of_memory, read_header
 from api.errors import ModelUnavailable, SitterError
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -120,6 +120,8 @@ def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float)
     except SitterError:
         raise
     except Exception as error:  # whatever a library makes of a broken file is one thing to the caller
+        if is_out_of_memory(error):
+            raise
         raise ModelUnavailable(f"the adapter {file.name} does not load: {error}", "Export it again.") from error
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from api.config import ModelSource, Settings, locate
-from api.engine.weights import SAFETENSORS_HINT, TensorPool, read_header
+from api.engine.weights import SAFETENSORS_HINT, TensorPool, is_out_of_memory, read_header
 from api.errors import ModelUnavailable, SitterError
 
 TENSOR_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker")
@@ -154,9 +154,11 @@ def load_pipeline(source: ModelSource, path: Path, placement: Placement, pool: T
             else:
                 pipeline = _load_folder(path, placement.dtype)
             _make_ready(pipeline, placement.device, pool)
-    except (SitterError, torch.OutOfMemoryError):
+    except SitterError:
         raise
     except Exception as error:  # whatever a library makes of a broken model is one thing to the caller
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnavailable(f"{source.base} does not load: {reason}") from error
     return pipeline

@@ -22,8 +22,6 @@ from api.schemas import GenerateRequest
 
 HOST_SHARE = 0.5
 GPU_SHARE = 0.7
-# What PyTorch's CPU allocator says; on a GPU there is torch.OutOfMemoryError.
-HOST_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 
 Base: TypeAlias = StableDiffusionPipeline
 
@@ -93,8 +91,9 @@ class Engine:
         return path, {"cpu": path.stat().st_size}
 
     def load_adapter(self, path: Path, base: Base, strength: float) -> Loaded[Adapter]:
-        """Returns the LoRA at `path`, checked against its base, on the host. Raises ModelUnavailable."""
-        adapter = load_adapter(path, base, strength)
+        """Returns the LoRA at `path`, checked against its base, on the host. Raises ModelUnavailable or OutOfMemory."""
+        with _our_out_of_memory():
+            adapter = load_adapter(path, base, strength)
         return Loaded(adapter, weights.storages_of(adapter.tensors()))
 
     def draw(
@@ -115,9 +114,8 @@ class Engine:
 def _our_out_of_memory() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory("the GPU has no memory left for this picture") from error
     except RuntimeError as error:
-        if any(words in str(error) for words in HOST_OUT_OF_MEMORY):
-            raise OutOfMemory("the computer has no memory left for this picture") from error
-        raise
+        if not weights.is_out_of_memory(error):
+            raise
+        where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "computer"
+        raise OutOfMemory(f"the {where} has no memory left for this picture") from error

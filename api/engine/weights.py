@@ -17,6 +17,8 @@ from api.errors import ModelUnavailable
 MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 10_000
 FINGERPRINT_VALUES = 64
+# What PyTorch's CPU allocator says; on a GPU there is torch.OutOfMemoryError.
+HOST_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 SAFETENSORS_HINT = (
     "Only safetensors are loaded, never pickles (.bin, .ckpt, .pt). Save the model again as .safetensors."
 )
@@ -59,6 +61,12 @@ def _end_of(entry: Any) -> int:
             if 0 <= begin <= end and all(isinstance(side, int) and side >= 0 for side in shape):
                 return end
     raise ValueError("not a tensor")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no room, on the GPU or on the host."""
+    on_host = isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_OUT_OF_MEMORY)
+    return on_host or isinstance(error, torch.OutOfMemoryError)
 
 
 def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
