@@ -7,7 +7,7 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 WORKDIR /app
 
 # Dependencies first: this large layer stays while only the code changes.
-COPY pyproject.toml constraints.txt ./
+COPY constraints.txt ./
 COPY api/requirements.txt api/requirements.txt
 RUN case "$DEVICE" in \
         cpu) index="--index-url https://download.pytorch.org/whl/cpu" ;; \
@@ -17,6 +17,7 @@ RUN case "$DEVICE" in \
     && pip install --no-deps -c constraints.txt $index torch \
     && pip install -r api/requirements.txt
 
+COPY pyproject.toml LICENSE ./
 COPY models models
 COPY api api
 # Editable, so that the code finds models/ beside it as in a checkout; only output/ belongs to the user.
@@ -30,5 +31,5 @@ ENV HOST=0.0.0.0 PORT=8000
 EXPOSE 8000
 VOLUME /app/api/output
 # The empty ProxyHandler keeps an http_proxy of the host out of the way.
-HEALTHCHECK --interval=30s --timeout=6s --start-period=30s CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['PORT'] + '/health', timeout=5)"]
+HEALTHCHECK --interval=30s --timeout=6s --start-period=60s CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['PORT'] + '/health', timeout=5)"]
 CMD ["sitter", "serve"]
