@@ -1,5 +1,6 @@
 """What every route needs: the opened service, and a way to run blocking work beside the event loop."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 
@@ -7,7 +8,7 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
-from api.errors import Busy
+from api.errors import Busy, ShuttingDown
 from api.wiring import Service
 
 T = TypeVar("T")
@@ -26,10 +27,18 @@ class Waiting:
         self._limiter = CapacityLimiter(most)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Returns what `work` does on a thread. Raises Busy when all threads are taken."""
+        """Returns what `work` does on a thread.
+
+        Raises:
+            Busy: all threads are taken.
+            ShuttingDown: the server stops before it is done.
+        """
         if self._limiter.available_tokens < 1:
             raise Busy(f"{int(self._limiter.total_tokens)} requests are waiting already")
-        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        except asyncio.CancelledError as error:  # by uvicorn, whose patience with what still runs is at its end
+            raise ShuttingDown("the server is stopping") from error
 
 
 def get_waiting(request: Request) -> Waiting:
