@@ -41,7 +41,11 @@ class _Announcing(uvicorn.Server):
     """Says where the service is once it listens."""
 
     async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn has said why
+            to_people.print("It cannot listen there: choose another address with HOST or PORT, or end what has it.")
+            raise
         if self.should_exit:
             return
         host, port = self.servers[0].sockets[0].getsockname()[:2]

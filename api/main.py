@@ -11,7 +11,7 @@ if __package__ in (None, ""):  # started from inside api/: the package is one fo
 from fastapi import FastAPI
 
 from api import __version__
-from api.config import Settings, load_settings
+from api.config import Settings, SettingsError, load_settings
 from api.routes import cache, generate, health
 from api.routes.docs import add_docs
 from api.routes.errors import add_error_handlers
@@ -53,7 +53,11 @@ def create_app(settings: Settings) -> FastAPI:
 def __getattr__(name: str) -> FastAPI:
     """Makes `app` for `uvicorn main:app` when it is asked for: importing this module reads no settings."""
     if name == "app":
-        return create_app(load_settings())
+        try:
+            return create_app(load_settings())
+        except SettingsError as error:
+            print(f"{error}\nThe README lists every setting.", file=sys.stderr)
+            raise SystemExit(2) from error
     raise AttributeError(name)
 
 
