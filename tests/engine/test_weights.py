@@ -180,7 +180,7 @@ class Small(nn.Module):
 
 
 def addresses(module: nn.Module) -> dict[str, int]:
-    return {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    return {name: parameter.data_ptr() for name, parameter in module.named_parameters(remove_duplicate=False)}
 
 
 def test_equal_parameters_are_held_once() -> None:
