@@ -1,0 +1,24 @@
+"""Reading the pictures of answers."""
+
+import base64
+import io
+from typing import Any
+
+from PIL import Image, ImageChops
+
+
+def png_of(image: dict[str, Any]) -> bytes:
+    return base64.b64decode(image["image_base64"], validate=True)
+
+
+def open_png(png: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(png))
+    assert picture.format == "PNG"
+    picture.load()
+    return picture
+
+
+def difference(one: bytes, other: bytes) -> int:
+    """The largest difference between two PNGs' values, 0 to 255."""
+    extrema = ImageChops.difference(open_png(one), open_png(other)).getextrema()
+    return max(high for _, high in extrema)  # type: ignore[misc]

@@ -1,0 +1,181 @@
+"""Every way to start it, every way to end it, and the commands beside it."""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.e2e.pictures import open_png
+from tests.e2e.server import API, PATIENCE_SECONDS, ROOT, SITTER, SMALL, Server, environment
+
+MAIN = (sys.executable, "main.py")
+UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--port", "{port}")
+
+
+def run(*command: str, cwd: Path = ROOT, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment(COLUMNS="200", **settings),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+
+
+def long_drawing(pool: ThreadPoolExecutor, server: Server) -> "Future[httpx2.Response]":
+    """A drawing of many minutes, under way."""
+    server.drawn(user_id="bo")
+    endless = {**SMALL, "user_id": "bo", "width": 1024, "height": 1024, "num_inference_steps": 150}
+    drawing = pool.submit(server.client.post, "/generate", json=endless)
+    while not any(model["in_use"] for model in server.get("/cache")["models"]):
+        assert not drawing.done()
+    return drawing
+
+
+def assert_given_up(drawing: "Future[httpx2.Response]") -> None:
+    """The one who waited got an answer, or the end of the connection."""
+    error = drawing.exception(PATIENCE_SECONDS)
+    if error is None:
+        assert drawing.result().json()["error"] == "shutting_down"
+    else:
+        assert isinstance(error, httpx2.TransportError)
+
+
+def test_python_main_py(models: Path, tmp_path: Path) -> None:
+    """Its curl line makes a picture; a full queue says so; SIGTERM ends it in the middle of a drawing."""
+    users = {"ada": str(models / "one")}  # fast: the line asks for the defaults
+    with Server(tmp_path, users, command=MAIN, cwd=API, MAX_WAITING="1") as server:
+        assert f"http://127.0.0.1:{server.port}" in server.log
+        [line] = re.findall(r"curl .*\\\n.*", server.log)
+        if shutil.which("curl"):
+            subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True, timeout=PATIENCE_SECONDS)
+            assert open_png((tmp_path / "ada.png").read_bytes()).size == (512, 512)
+        with ThreadPoolExecutor(1) as pool:
+            drawing = long_drawing(pool, server)
+            refused = server.draw()
+            assert (refused.status_code, refused.json()["error"]) == (503, "busy")
+            assert int(refused.headers["Retry-After"]) > 0
+            assert server.stop(signal.SIGTERM) == -signal.SIGTERM
+            assert_given_up(drawing)
+
+
+def test_uvicorn_main_app(tmp_path: Path) -> None:
+    """SIGINT ends it in the middle of a drawing, once the time that uvicorn gives it is over."""
+    command = (*UVICORN, "--timeout-graceful-shutdown", "1")
+    with Server(tmp_path, command=command, cwd=API) as server, ThreadPoolExecutor(1) as pool:
+        drawing = long_drawing(pool, server)
+        server.stop(signal.SIGINT)
+        assert_given_up(drawing)
+
+
+def test_ctrl_c_ends_sitter_serve(tmp_path: Path) -> None:
+    with Server(tmp_path) as serving:
+        assert serving.stop(signal.SIGINT) == 0
+        assert serving.log.rstrip().endswith("Stopped.")
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ended = run(*SITTER, "serve", "--port", port)
+    assert ended.returncode not in {0, 1}
+    assert port in ended.stderr
+    assert "choose another address with HOST or PORT" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Sitter is at" not in ended.stdout
+
+
+@pytest.mark.parametrize("command", [(*SITTER, "serve"), MAIN, (*UVICORN[:-1], "0")])
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("PORT", "eighty", "PORT"),
+        ("HOST_CACHE_GB", "-1", "HOST_CACHE_GB"),
+        ("DTYPE", "int8", "DTYPE"),
+        ("USER_MODELS", '{"../x": "models/demo"}', "USER_MODELS"),
+        ("USER_MODELS", "{broken", "user_models"),
+        ("SITTER_PORT", "8000", "SITTER_PORT"),
+        ("SITTER_CONFIG", "nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_a_setting_that_does_not_fit_stops_the_start(command: Sequence[str], name: str, value: str, says: str) -> None:
+    ended = run(*command, cwd=API if "main" in str(command) else ROOT, **{"PORT": "0", name: value})
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) <= 4
+
+
+def test_an_unknown_setting_in_a_file_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "sitter.yaml").write_text("prot: 8000\n")
+    ended = run(*SITTER, "serve", SITTER_CONFIG=str(tmp_path / "sitter.yaml"))
+    assert ended.returncode == 2
+    assert "PROT" in ended.stderr
+
+
+@pytest.mark.parametrize("module", ["api.main", "api.cli"])
+def test_it_is_imported_without_torch(module: str) -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'peft', 'accelerate', 'safetensors', 'numpy'}"
+    ended = run(sys.executable, "-c", f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))")
+    assert ended.stdout.strip() == "[]"
+
+
+def test_sitter_models(server: Server, models: Path) -> None:
+    server.drawn()
+    ended = run(*SITTER, "models", "--address", f"http://127.0.0.1:{server.port}")
+    assert ended.returncode == 0, ended.stderr
+    assert str(models / "one") in ended.stdout
+    assert "bytes" in ended.stdout
+    nobody = run(*SITTER, "models", "--address", "http://127.0.0.1:9")
+    assert nobody.returncode == 1
+    assert "sitter serve" in nobody.stderr
+
+
+def test_sitter_doctor(models: Path) -> None:
+    users = {"truncated": str(models / "truncated"), "hub": "nobody/there-is-no-such-model"}
+    ended = run(*SITTER, "doctor", USER_MODELS=json.dumps(users))
+    assert ended.returncode == 1
+    said = dict(re.findall(r"^ +\S+ +(\w+): (.*)$", ended.stdout, re.MULTILINE))
+    assert said.keys() == {"default", "ada", "bo", "chi", "truncated", "hub"}
+    assert "cut short" in said["truncated"]
+    assert "downloaded" in said["hub"]
+    for user in ("default", "ada", "bo", "chi"):
+        assert re.search(rf"loads +{user}:", ended.stdout)
+
+
+def test_sitter_generate(tmp_path: Path) -> None:
+    fields = {"--steps": "1", "--width": "320", "--height": "256", "--seed": "3", "--user": "ada"}
+    options = [part for option in fields.items() for part in option]
+    ended = run(*SITTER, "generate", SMALL["prompt"], *options, "-o", str(tmp_path / "x.png"))
+    assert ended.returncode == 0, ended.stderr
+    assert open_png((tmp_path / "x.png").read_bytes()).size == (320, 256)
+    assert "models/sitters/ada, seed 3" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["", "--steps", "1"], "prompt"),
+        (["x", "--steps", "0"], "num_inference_steps"),
+        (["x", "--user", "../x"], "user"),
+    ],
+)
+def test_sitter_generate_says_what_does_not_fit(arguments: list[str], says: str, tmp_path: Path) -> None:
+    ended = run(*SITTER, "generate", *arguments, "-o", str(tmp_path / "x.png"))
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())
