@@ -1,10 +1,12 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from api.config import Settings
 from tests import builders
+from tests.hub import Hub, running
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +20,9 @@ def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base in a diffusers folder; not to be changed."""
     return builders.save_pipeline(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with running(monkeypatch, tmp_path / "hub") as hub:
+        yield hub

@@ -13,7 +13,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 
 from api.config import ModelSource, Settings, locate
-from api.engine import components, weights
+from api.engine import components, sources, weights
 from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.cache import Loaded
 from api.engine.pipeline import Drawing, OnStep, draw
@@ -70,18 +70,18 @@ class Engine:
 
     def find_base(self, source: ModelSource) -> tuple[Path, dict[str, int]]:
         """Returns where the base is on this disk, downloaded if need be, and device → bytes it will take."""
-        path = components.find_folder(source, self._settings)
-        return path, {self.device: components.expected_bytes(path, self._placement.dtype)}
+        path = sources.find_folder(source, self._settings)
+        return path, {self.device: sources.count_values(path) * self._placement.dtype.itemsize}
 
     def is_downloaded(self, source: ModelSource) -> bool:
         """Whether the base is on this disk, so that loading it asks no hub."""
-        return components.is_downloaded(source)
+        return sources.is_downloaded(source)
 
     def load_base(self, source: ModelSource, path: Path) -> Loaded[Base]:
         """Returns the base at `path`, on the device. Raises ModelUnavailable or OutOfMemory."""
         with _our_out_of_memory():
             pipeline = components.load_pipeline(source, path, self._placement, self._pool)
-        modules = (getattr(pipeline, name) for name in components.TENSOR_COMPONENTS)
+        modules = (getattr(pipeline, name) for name in sources.TENSOR_COMPONENTS)
         tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
         return Loaded(pipeline, weights.storages_of(tensors))
 

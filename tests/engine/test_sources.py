@@ -1,0 +1,105 @@
+import socket
+from pathlib import Path
+
+import pytest
+
+from api.engine.sources import count_values, find_folder, is_downloaded
+from api.errors import ModelUnavailable
+from tests import builders
+from tests.hub import COMMIT, Hub, ask
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="nobody is not there"):
+        find_folder(builders.source(tmp_path / "nobody"), builders.settings())
+
+
+def test_a_folder_on_this_disk_is_found(base_folder: Path) -> None:
+    assert find_folder(builders.source(base_folder), builders.settings()) == base_folder
+    assert is_downloaded(builders.source(base_folder))
+
+
+def test_the_values_of_a_folder_are_counted_without_loading_it(base_folder: Path) -> None:
+    pipeline = builders.pipeline()
+    modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert count_values(base_folder) == sum(p.numel() for module in modules for p in module.parameters())
+
+
+HUB_SETTINGS = builders.settings(hub_timeout_seconds=5, hf_token="secret")
+PINNED, MOVING = f"somebody/model@{COMMIT}", "somebody/model"
+
+
+@pytest.fixture
+def stocked(hub: Hub, base_folder: Path) -> Hub:
+    """A hub with the tiny base, and beside it what nobody needs."""
+    files = [file for file in base_folder.rglob("*") if file.is_file()]
+    hub.files = {str(file.relative_to(base_folder)): file.read_bytes() for file in files}
+    hub.files |= dict.fromkeys(("README.md", "unet/model.bin", "unet/model.fp16.safetensors", "a.ckpt"), b"not wanted")
+    return hub
+
+
+@pytest.mark.parametrize("base", [PINNED, MOVING])
+def test_a_model_of_the_hub_is_downloaded(stocked: Hub, base: str) -> None:
+    source = builders.source(base)
+    assert not is_downloaded(source)
+    path = find_folder(source, HUB_SETTINGS)
+    wanted = {name: data for name, data in stocked.files.items() if data != b"not wanted"}
+    assert {name: (path / name).read_bytes() for name in wanted} == wanted
+    assert not any(path.rglob("*.bin"))
+    assert not any(path.rglob("*.ckpt"))
+    assert not any(path.rglob("*.fp16.*"))
+    assert stocked.tokens == {"Bearer secret"}
+    assert is_downloaded(source)
+
+
+def test_a_pinned_model_is_asked_for_once(stocked: Hub) -> None:
+    source = builders.source(PINNED)
+    path = find_folder(source, HUB_SETTINGS)
+    stocked.asked.clear()
+    assert find_folder(source, HUB_SETTINGS) == path
+    assert stocked.asked == []
+
+
+def test_a_downloaded_model_draws_while_the_hub_is_down(stocked: Hub) -> None:
+    source = builders.source(MOVING)
+    path = find_folder(source, HUB_SETTINGS)
+    stocked.answer = (503, {})
+    assert find_folder(source, HUB_SETTINGS) == path
+
+
+SAYS_NO = {
+    "no such model": (
+        (404, {"X-Error-Code": "RepoNotFound"}),
+        MOVING,
+        "the hub has no model somebody/model",
+        "HF_TOKEN",
+    ),
+    "wrong token": ((401, {}), MOVING, "the hub refuses to hand out somebody/model", "HF_TOKEN"),
+    "gated": ((403, {"X-Error-Code": "GatedRepo"}), MOVING, "asks for permission", "HF_TOKEN"),
+    "no such revision": ((404, {"X-Error-Code": "RevisionNotFound"}), f"{MOVING}@old", "no revision old", "commit"),
+    "down": ((500, {}), MOVING, "cannot be reached", "network"),
+    "hangs up": ((0, {}), MOVING, "cannot be reached", "network"),
+    "something else": ((200, {}), MOVING, "cannot be reached", "network"),
+    "forbidden": ((403, {}), MOVING, "the hub refuses to hand out somebody/model", "HF_TOKEN"),
+}
+
+
+@pytest.mark.parametrize(("answer", "base", "reason", "hint"), SAYS_NO.values(), ids=SAYS_NO)
+def test_what_the_hub_refuses_is_unavailable(
+    hub: Hub, answer: tuple[int, dict[str, str]], base: str, reason: str, hint: str
+) -> None:
+    hub.answer = answer
+    with pytest.raises(ModelUnavailable, match=reason) as caught:
+        find_folder(builders.source(base), HUB_SETTINGS)
+    assert hint in caught.value.hint
+    assert hub.asked
+
+
+@pytest.mark.parametrize("base", [PINNED, MOVING])
+def test_no_hub_at_all_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: str) -> None:
+    with socket.socket() as closed:  # bound, so that nobody else takes it, and not listening
+        closed.bind(("127.0.0.1", 0))
+        ask(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)
+        with pytest.raises(ModelUnavailable, match="cannot be reached") as caught:
+            find_folder(builders.source(base), HUB_SETTINGS)
+    assert "network" in caught.value.hint
