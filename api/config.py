@@ -18,6 +18,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -154,6 +155,13 @@ class Settings(BaseSettings):
     def _add_configured_models(cls, data: dict[str, Any]) -> dict[str, Any]:
         given = data.get("user_models", {})
         return {**data, "user_models": {**USER_MODELS, **given}} if isinstance(given, dict) else data
+
+    @field_validator("user_models")
+    @classmethod
+    def _has_default(cls, models: dict[str, ModelSource]) -> dict[str, ModelSource]:
+        if DEFAULT_USER not in models:
+            raise ValueError(f'nobody is "{DEFAULT_USER}", who draws for users without a model of their own')
+        return models
 
     @classmethod
     def settings_customise_sources(

@@ -135,6 +135,12 @@ def test_models_of_every_source_are_added(dotenv: Path, yaml: Path, monkeypatch:
     assert models["from_environment"] == ModelSource(base="e/f", lora="g", lora_scale=0.5)
 
 
+def test_a_configuration_without_a_default_model_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "USER_MODELS", {"ada": "models/demo"})
+    with pytest.raises(SettingsError, match='USER_MODELS: .*"default"'):
+        load_settings()
+
+
 def test_a_user_without_a_model_gets_the_default() -> None:
     settings = load_settings(user_models={"eve": "eve/model"})
     assert settings.source_for("eve").model_id == "eve/model"
