@@ -137,7 +137,7 @@ def test_models_of_every_source_are_added(dotenv: Path, yaml: Path, monkeypatch:
 
 def test_a_configuration_without_a_default_model_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "USER_MODELS", {"ada": "models/demo"})
-    with pytest.raises(SettingsError, match='USER_MODELS: .*"default"'):
+    with pytest.raises(SettingsError, match=r'USER_MODELS: .*"default"'):
         load_settings()
 
 
