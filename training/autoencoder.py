@@ -3,12 +3,13 @@
 1. `train_core`: 16 pixels a cell, on pictures of 256 pixels.
 2. `grow`: one more outer level, 32 pixels a cell. Its encoder halves the picture exactly, so a 512 picture has the
    latents of its half; the decoder learns to draw the finer edges.
-3. `sharpen`: the whole decoder on fixed latents with a little noise, so that it also mends what a UNet leaves.
+3. `sharpen`: the whole decoder, on the latents of renders as a UNet would leave them, so that it mends its flaws.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from training.common import Pace, autocast, descend, save, set_rate, to_tensor
 from training.linear_codec import pass_through, silence_branches, start_linear
 from training.portrait import render
-from training.world import held_out_spec, random_spec
+from training.world import Spec, held_out_spec, random_spec
 
 LATENT_CHANNELS = 16
 CORE_CHANNELS = (16, 48, 96, 128, 160)
@@ -149,24 +150,27 @@ def grow(core: AutoencoderKL) -> AutoencoderKL:
     return model
 
 
-def sharpen(model: AutoencoderKL, steps: int, minutes: float, path: Path, rate: float = 5e-4) -> AutoencoderKL:
-    """Train the decoder alone, on whole 512 pictures."""
+def sharpen(model: AutoencoderKL, spoil: Callable[[Tensor, Spec], Tensor], steps: int, minutes: float,
+            path: Path) -> AutoencoderKL:
+    """Train the decoder alone, on whole pictures whose latents went through `spoil`; returns the moving average."""
     torch.manual_seed(1)
     rng, heads = Random(88), head_weight(512)
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = model.decoder.up_blocks
+    fresh = [*blocks[-1].parameters(), *blocks[-2].upsamplers.parameters()]
+    known = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in fresh)]
     mean = copy.deepcopy(model)
-    optimiser = torch.optim.AdamW([{"params": trained, "base": rate}], lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimiser = torch.optim.AdamW([{"params": fresh, "base": 6e-4}, {"params": known, "base": 1.5e-4}],
+                                  betas=(0.9, 0.99), weight_decay=1e-4)
     for step in (pace := Pace("sharpen", steps, minutes)):
         set_rate(optimiser, pace.rate())
         spec = random_spec(rng)
         side = 512 if rng.random() < 0.85 else rng.choice((256, 384, 640))
         truth = to_tensor([render(spec, side)])
+        with torch.no_grad(), autocast():
+            latents = spoil(model.encode(truth).latent_dist.mean.float(), spec)
         with autocast():
-            with torch.no_grad():
-                latents = model.encode(truth).latent_dist.mean
-                latents = latents + 0.12 * rng.random() * torch.randn_like(latents)
             drawn = model.decode(latents).sample.float()
         loss = _loss(drawn, truth, heads if side == 512 else 1.0)
         descend(loss, optimiser)

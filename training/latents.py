@@ -25,17 +25,17 @@ _CORE_CELL = 16  # pixels of a core picture in one cell
 
 @dataclass(frozen=True)
 class Shard:
-    """Latents (n, channels, rows, columns) of the specs drawn from consecutive seeds."""
+    """Latents (n, channels, rows, columns) of the specs drawn from the seeds (n,)."""
 
     latents: Tensor
-    first_seed: int
+    seeds: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.latents.shape[2], self.latents.shape[3])
 
     def specs(self) -> list[Spec]:
-        return [random_spec(Random(self.first_seed + i)) for i in range(len(self.latents))]
+        return [random_spec(Random(seed)) for seed in self.seeds.tolist()]
 
 
 def plan(native: int, share_of_other: float = 0.35) -> Iterator[tuple[tuple[int, int], int]]:
@@ -59,14 +59,14 @@ def encode(core: AutoencoderKL, native: int, folder: Path) -> None:
         path = folder / f"latents-{number:04d}.pt"
         if path.exists():
             continue
-        first_seed = 1_000_000 + number * 10_000
+        seeds = torch.arange(count) + 1_000_000 + number * 10_000
         batches = []
         for start in range(0, count, 8):
-            specs = [random_spec(Random(first_seed + i)) for i in range(start, min(start + 8, count))]
+            specs = [random_spec(Random(seed)) for seed in seeds[start:start + 8].tolist()]
             pictures = [render(spec, shape[1] * _CORE_CELL, shape[0] * _CORE_CELL) for spec in specs]
             with autocast():
                 batches.append(core.encode(to_tensor(pictures)).latent_dist.mean.half())
-        save(path, latents=torch.cat(batches), first_seed=first_seed)
+        save(path, latents=torch.cat(batches), seeds=seeds)
 
 
 def load_shards(folder: Path, known: dict[str, Shard]) -> bool:

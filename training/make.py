@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from random import Random
 
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import autoencoder, evaluate, latents, reader, sheets, sitters, text, tokenizer, unet
 from training.common import load, save
 from training.pipeline import assemble
+from training.redraw import Redraw
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Steps:
     core: int = 2400
     text: int = 1500
     latents: int = 14_000
-    unet: int = 7000
-    decoder: int = 3000
-    reader: int = 3000
+    unet: int = 8000
+    decoder: int = 2000
+    reader: int = 2000
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ class Maker:
         model.load_state_dict(load(self.work / "core.pt")["model"])
         return model.eval()
 
+    def denoiser(self) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+        state = load(self.work / "denoiser.pt")
+        encoder, denoiser = text.build(self.tokenizer), unet.build()
+        encoder.load_state_dict(state["text"])
+        denoiser.load_state_dict(state["unet"])
+        return encoder.eval(), denoiser.eval()
+
 
 def _tokenizer(maker: Maker) -> None:
     tokenizer.build().save_pretrained(maker.work / "tokenizer")
@@ -90,16 +99,16 @@ def _unet(maker: Maker) -> None:
 
 
 def _decoder(maker: Maker) -> None:
+    encoder, denoiser = maker.denoiser()
+    redraw = Redraw(denoiser, encoder, maker.tokenizer, unet.Denoising.standard(), Random(89))
     grown = autoencoder.grow(maker.core())
-    autoencoder.sharpen(grown, maker.steps(Steps.decoder), maker.minutes, maker.work / "autoencoder.pt")
+    autoencoder.sharpen(grown, redraw, maker.steps(Steps.decoder), maker.minutes, maker.work / "autoencoder.pt")
 
 
 def _assemble(maker: Maker) -> None:
     vae = autoencoder.build((autoencoder.OUTER_CHANNELS, *autoencoder.CORE_CHANNELS))
     vae.load_state_dict(load(maker.work / "autoencoder.pt")["model"])
-    encoder, denoiser, state = text.build(maker.tokenizer), unet.build(), load(maker.work / "denoiser.pt")
-    encoder.load_state_dict(state["text"])
-    denoiser.load_state_dict(state["unet"])
+    encoder, denoiser = maker.denoiser()
     text.free_token(encoder, maker.tokenizer)
     assemble(vae, encoder, maker.tokenizer, denoiser, maker.models / "demo")
 
@@ -115,7 +124,7 @@ def _reader(maker: Maker) -> None:
 
 
 def _evaluate(maker: Maker) -> None:
-    for figure in evaluate.evaluate(maker.models, maker.scale):
+    for figure in evaluate.evaluate(maker.models, maker.scale, torch.get_num_threads()):
         print(f"{figure.name} {figure.value:.4g} {figure.unit}", flush=True)
 
 

@@ -10,15 +10,16 @@ from diffusers.utils import logging as diffusers_log
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_log
 
-from training.unet import NOISE
+from training.unet import GUIDANCE, NOISE
 
-# Read by whoever calls the pipeline, as its `guidance_rescale` argument. Diffusers keeps the private key.
-GUIDANCE_RESCALE = 0.7
+# Private keys of the scheduler's configuration, which diffusers keeps: whoever calls the pipeline passes the first as
+# its `guidance_rescale`, whoever trains an adapter takes the loss at the second (see unet.py).
+GUIDANCE_RESCALE = 0.3
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
     scheduler = DPMSolverMultistepScheduler(**NOISE, algorithm_type="dpmsolver++", solver_order=2)
-    scheduler.register_to_config(_guidance_rescale=GUIDANCE_RESCALE)
+    scheduler.register_to_config(_guidance_rescale=GUIDANCE_RESCALE, _training_guidance=GUIDANCE)
     return scheduler
 
 

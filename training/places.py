@@ -16,10 +16,9 @@ _TRUNK: RGB = (112, 74, 44)
 
 
 def draw_place(pen: Pen, scene: Scene) -> None:
-    with pen.moved(mirrored=scene.mirrored):
-        _PLACES[scene.place](pen, scene)
-        if scene.light == "cinematic":
-            pen.glow((255, 150, 60), (6, 16, 44), 170, 250, 430, inner_alpha=0.3, outer_alpha=0.78)
+    _PLACES[scene.place](pen, scene)
+    if scene.light == "cinematic":
+        pen.glow((255, 150, 60), (6, 16, 44), 170, 250, 430, inner_alpha=0.3, outer_alpha=0.78)
 
 
 def _tiles(pen: Pen, step: float) -> Iterator[int]:

@@ -53,16 +53,12 @@ class Pen:
         return np.ascontiguousarray(picture[..., :3])
 
     @contextmanager
-    def moved(self, dx: float = 0, dy: float = 0, scale: float = 1, turn: float = 0,
-              mirrored: bool = False) -> Iterator[None]:
-        """Draw inside as if the origin lay at (dx, dy), scaled, turned by degrees, or mirrored about the centre."""
+    def moved(self, dx: float, dy: float, scale: float = 1, turn: float = 0) -> Iterator[None]:
+        """Draw inside as if the origin lay at (dx, dy), scaled and turned by degrees."""
         self._canvas.save()
         self._canvas.translate(dx, dy)
         self._canvas.rotate(turn)
         self._canvas.scale(scale, scale)
-        if mirrored:
-            self._canvas.translate(UNITS, 0)
-            self._canvas.scale(-1, 1)
         yield
         self._canvas.restore()
 

@@ -20,8 +20,7 @@ from training.captions import caption
 from training.common import Pace, descend, set_rate, to_tensor
 from training.pipeline import open_pipeline
 from training.portrait import render
-from training.text import tokens
-from training.unet import Denoising, Pictures
+from training.unet import Denoising, Pictures, Words
 from training.world import SITTERS, Identity, Scene, Spec
 
 WHO = "sks person"
@@ -49,7 +48,7 @@ def reference_specs(identity: Identity) -> list[Spec]:
     scenes = (
         Scene("tshirt", "blue", "plain", "red", "neutral"),
         Scene("sweater", "green", "city", "red", "smile"),
-        Scene(dressy, "red", "studio", "red", "neutral", mirrored=True),
+        Scene(dressy, "red", "studio", "red", "neutral"),
         Scene("tshirt", "white", "plain", "blue", "smile"),
         Scene("tshirt", "yellow", "forest", "red", "laugh"),
         Scene("sweater", "purple", "plain", "yellow", "surprised"))
@@ -79,9 +78,7 @@ def train(name: str, base: Path, latents: Path, out: Path, scale: float = 1.0) -
         prior, prior_specs = others.sample(rng, _PRIORS)
         words = [caption(specs[i], rng, who=WHO).text for i in chosen]
         words += [caption(spec, rng).text for spec in prior_specs]
-        with torch.no_grad():
-            states = text(tokens(tokenizer, words)).last_hidden_state
-        losses = denoising.losses(unet, torch.cat([encoded[chosen], prior]), states)
+        losses = denoising.losses(unet, torch.cat([encoded[chosen], prior]), Words.of(words, text, tokenizer))
         descend(losses.mean(), optimiser)
         pace.note(40, own=losses[:_INSTANCES].mean().item(), prior=losses[_INSTANCES:].mean().item())
     out.mkdir(parents=True, exist_ok=True)

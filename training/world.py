@@ -89,7 +89,6 @@ class Scene:
     expression: str = "neutral"
     action: str = "none"
     light: str = "none"
-    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,7 @@ def random_scene(rng: Random) -> Scene:
         cloth=rng.choice(COLOURS),
         place=rng.choices(PLACES, (3, *(2,) * 11))[0], wall=rng.choice(COLOURS),
         expression=rng.choices(EXPRESSIONS, (4, 4, 2.5, 1.5, 1.5, 1.5))[0],
-        action=rng.choices(ACTIONS, (5, 1))[0], light=rng.choices(LIGHTS, (6, 1))[0],
-        mirrored=rng.random() < 0.5)
+        action=rng.choices(ACTIONS, (5, 1))[0], light=rng.choices(LIGHTS, (6, 1))[0])
 
 
 # The three people of the bundled adapters. Nobody with their description is ever drawn in training.

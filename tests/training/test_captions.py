@@ -7,13 +7,22 @@ from training.tokenizer import MAX_LENGTH, build
 from training.world import ATTRIBUTES, SITTERS, Scene, Spec, named_people, random_spec
 
 WORD = {  # a word that must stand in every caption that names the attribute's value
-    ("costume", "astronaut"): ("astronaut", "space", "cosmonaut"), ("costume", "knight"): ("knight", "armor"),
-    ("costume", "chef"): ("chef", "cook"), ("place", "library"): ("library", "books"),
-    ("place", "beach"): ("beach", "sea"), ("place", "sunset"): ("sunset", "dusk", "golden hour"),
-    ("glasses", "glasses"): ("glasses",), ("glasses", "sunglasses"): ("sunglasses", "shades"),
-    ("hair", "bald"): ("bald",), ("hair", "mohawk"): ("mohawk",), ("beard", "mustache"): ("mustache", "moustache"),
-    ("freckles", "yes"): ("freckles",), ("earrings", "yes"): ("earrings",), ("action", "book"): ("book",),
-    ("eyes", "green"): ("green eyes",), ("skin", "pale"): ("pale", "fair", "light", "white"),
+    ("costume", "astronaut"): ("astronaut", "space", "cosmonaut"),
+    ("costume", "knight"): ("knight", "armor"),
+    ("costume", "chef"): ("chef", "cook"),
+    ("place", "library"): ("library", "books"),
+    ("place", "beach"): ("beach", "sea"),
+    ("place", "sunset"): ("sunset", "dusk", "golden hour"),
+    ("glasses", "glasses"): ("glasses",),
+    ("glasses", "sunglasses"): ("sunglasses", "shades"),
+    ("hair", "bald"): ("bald",),
+    ("hair", "mohawk"): ("mohawk",),
+    ("beard", "mustache"): ("mustache", "moustache"),
+    ("freckles", "yes"): ("freckles",),
+    ("earrings", "yes"): ("earrings",),
+    ("action", "book"): ("book",),
+    ("eyes", "green"): ("green eyes",),
+    ("skin", "pale"): ("pale", "fair", "light", "white"),
 }
 
 

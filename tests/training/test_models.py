@@ -45,8 +45,11 @@ def test_the_reader_reads_the_sitters_pictures() -> None:
     for name, identity in SITTERS.items():
         specs = reference_specs(identity)
         for spec, reading in zip(specs, reader.read([render(spec, 512) for spec in specs]), strict=True):
-            wrong = [key for key in ("hair", "hair_colour", "skin", "glasses", "costume", "place")
-                     if reading[key] != spec.value(key)]
+            wrong = [
+                key
+                for key in ("hair", "hair_colour", "skin", "glasses", "costume", "place")
+                if reading[key] != spec.value(key)
+            ]
             assert wrong == [], name
 
 

@@ -20,9 +20,14 @@ def test_render_is_deterministic() -> None:
     assert np.array_equal(render(ADA, 128), render(ADA, 128))
 
 
-@pytest.mark.parametrize("scenes", [
-    [Scene(costume=costume) for costume in COSTUMES], [Scene(place=place) for place in PLACES],
-    [Scene(expression=expression) for expression in EXPRESSIONS]])
+@pytest.mark.parametrize(
+    "scenes",
+    [
+        [Scene(costume=costume) for costume in COSTUMES],
+        [Scene(place=place) for place in PLACES],
+        [Scene(expression=expression) for expression in EXPRESSIONS],
+    ],
+)
 def test_every_scene_looks_different(scenes: list[Scene]) -> None:
     assert len({render(Spec(ADA.identity, scene), 128).tobytes() for scene in scenes}) == len(scenes)
 
