@@ -2,12 +2,13 @@
 
 import os
 import platform
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import httpx2
 import typer
@@ -40,12 +41,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fasta
 class _Announcing(uvicorn.Server):
     """Says where the service is once it listens."""
 
-    async def startup(self, sockets: Any = None) -> None:
-        try:
-            await super().startup(sockets)
-        except SystemExit:  # uvicorn has said why
-            to_people.print("It cannot listen there: choose another address with HOST or PORT, or end what has it.")
-            raise
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.should_exit:
             return
         host, port = self.servers[0].sockets[0].getsockname()[:2]
@@ -78,7 +75,12 @@ def serve(
         timeout_graceful_shutdown=GRACEFUL_SECONDS,
     )
     try:
-        _Announcing(config).run()
+        listening = config.bind_socket()  # first, so that a taken port is told at once
+    except SystemExit:  # uvicorn has said why
+        to_people.print("It cannot listen there: choose another address with HOST or PORT, or end what has it.")
+        raise
+    try:
+        _Announcing(config).run([listening])
     except KeyboardInterrupt:
         to_people.print("Stopped.")
 

@@ -90,6 +90,13 @@ class StorageFull(SitterError):
     hint = "Free some space in the output folder (OUTPUT_DIR) and send it again."
 
 
+class StorageUnavailable(SitterError):
+    """The output folder cannot be written to; nothing was left behind."""
+
+    code = "storage_unavailable"
+    hint = "OUTPUT_DIR must be a folder that the server may write to."
+
+
 class ShuttingDown(SitterError):
     """The server is stopping and gave this picture up."""
 

@@ -178,9 +178,9 @@ class ModelService:
 
     def _lease_base(self, source: ModelSource) -> "Lease[Base]":
         def load(reserve: Reserve) -> "Loaded[Base]":
-            path, expected = self.engine.find_base(source)
+            found, expected = self.engine.find_base(source)
             reserve(expected)
-            return self.engine.load_base(source, path)
+            return self.engine.load_base(found)
 
         return self.cache.lease(CacheKey(source.base, source.config), load)
 

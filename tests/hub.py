@@ -13,13 +13,16 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from api.engine.sources import USUAL_CONFIG
+
 URL_TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
+REPOSITORIES = ("somebody/model", USUAL_CONFIG)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
 class Hub:
-    """A model hub on this machine: serves one folder, or answers every request alike."""
+    """A model hub on this machine: serves one folder under each name, or answers every request alike."""
 
     url: str
     files: dict[str, bytes] = field(default_factory=dict)
@@ -39,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if "somebody/model" not in self.path:
+        if not any(name in self.path for name in REPOSITORIES):
             return self._send(404, b"")
         self.hub.asked.append(self.path)
         self.hub.tokens.add(self.headers["Authorization"])
@@ -59,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/models/"):
             siblings = [{"rfilename": name} for name in self.hub.files]
             return self._send(200, json.dumps({"id": "somebody/model", "sha": COMMIT, "siblings": siblings}).encode())
-        name = re.sub(r"^/somebody/model/resolve/[^/]*/", "", path)
+        name = re.sub(r"^/[^/]+/[^/]+/resolve/[^/]*/", "", path)
         number = list(self.hub.files).index(name)
         self._send(200, self.hub.files[name], {"ETag": f'"{number:040x}"', "X-Repo-Commit": COMMIT})
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from api.config import ModelSource
+from api.engine.sources import FoundBase
 from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown
 from api.model_service import ModelService
 from tests import builders
@@ -111,9 +112,9 @@ def test_many_requests_at_once_load_each_model_once(service: ModelService, monke
     load_base = service.engine.load_base
     load_adapter = service.engine.load_adapter
 
-    def counted_base(source: ModelSource, path: Path) -> Any:
-        loads.append(path.name)
-        return load_base(source, path)
+    def counted_base(found: FoundBase) -> Any:
+        loads.append(found.path.name)
+        return load_base(found)
 
     def counted_adapter(path: Path, *rest: Any) -> Any:
         loads.append(path.name)

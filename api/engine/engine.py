@@ -17,6 +17,7 @@ from api.engine import components, sources, weights
 from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.cache import Loaded
 from api.engine.pipeline import Drawing, OnStep, draw
+from api.engine.sources import FoundBase
 from api.errors import OutOfMemory
 from api.schemas import GenerateRequest
 
@@ -68,19 +69,19 @@ class Engine:
             budgets["cuda"] = int(self._settings.gpu_cache_gb * 1e9 or self.free_bytes("cuda") * GPU_SHARE)
         return budgets
 
-    def find_base(self, source: ModelSource) -> tuple[Path, dict[str, int]]:
+    def find_base(self, source: ModelSource) -> tuple[FoundBase, dict[str, int]]:
         """Returns where the base is on this disk, downloaded if need be, and device → bytes it will take."""
-        path = sources.find_folder(source, self._settings)
-        return path, {self.device: sources.count_values(path) * self._placement.dtype.itemsize}
+        found = sources.find_base(source, self._settings)
+        return found, {self.device: sources.count_values(found.path) * self._placement.dtype.itemsize}
 
     def is_downloaded(self, source: ModelSource) -> bool:
         """Whether the base is on this disk, so that loading it asks no hub."""
         return sources.is_downloaded(source)
 
-    def load_base(self, source: ModelSource, path: Path) -> Loaded[Base]:
-        """Returns the base at `path`, on the device. Raises ModelUnavailable or OutOfMemory."""
+    def load_base(self, found: FoundBase) -> Loaded[Base]:
+        """Returns the base, on the device. Raises ModelUnavailable or OutOfMemory."""
         with _our_out_of_memory():
-            pipeline = components.load_pipeline(source, path, self._placement, self._pool)
+            pipeline = components.load_pipeline(found, self._placement, self._pool)
         modules = (getattr(pipeline, name) for name in sources.TENSOR_COMPONENTS)
         tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
         return Loaded(pipeline, weights.storages_of(tensors))

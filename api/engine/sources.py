@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,49 @@ TRUSTED_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
 COMMIT = re.compile("[0-9a-f]{40}")
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)\.")
 # A hub repository often holds each weight several times: pickles, half precision, and whole files at the root.
-HUB_FILES = ["*.json", "*/*.txt", "*/*.safetensors"]
+CONFIG_FILES = ["*.json", "*/*.txt"]
+HUB_FILES = [*CONFIG_FILES, "*/*.safetensors"]
 HUB_DUPLICATES = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
+USUAL_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
-def find_folder(source: ModelSource, settings: Settings) -> Path:
-    """Returns the folder or file of the base on this disk; a hub id is downloaded first.
+@dataclass(frozen=True)
+class FoundBase:
+    """A base on this disk: a diffusers folder, or a weight file and the folder with its shapes and tokenizer."""
+
+    name: str
+    path: Path
+    config: Path | None = None
+
+
+def find_base(source: ModelSource, settings: Settings) -> FoundBase:
+    """Returns the base on this disk; what is on the hub is downloaded first.
 
     Raises:
         ModelUnavailable: it is not there, or the hub cannot be reached or says no.
     """
-    if source.hub_id is None:
-        path = locate(source.base)
-        if not path.exists():
-            raise ModelUnavailable(f"{source.base} is not there", "Check USER_MODELS in api/config.py.")
-        return path
-    name, revision = source.hub_id
+    if source.hub_id is not None:
+        return FoundBase(source.base, _fetch(*source.hub_id, HUB_FILES, settings))
+    path = locate(source.base)
+    if not path.exists():
+        raise ModelUnavailable(f"{source.base} is not there", "Check USER_MODELS in api/config.py.")
+    return FoundBase(source.base, path, _find_config(source, settings) if path.is_file() else None)
+
+
+def _find_config(source: ModelSource, settings: Settings) -> Path:
+    """Returns the folder with what a checkpoint of weights alone lacks: as configured, else SD 1.5's from the hub."""
+    if source.config is not None:
+        return locate(source.config)
+    try:
+        return _fetch(USUAL_CONFIG, None, CONFIG_FILES, settings)
+    except ModelUnavailable as error:
+        hint = 'Give the entry a "config": a diffusers folder of the same architecture, for its shapes and tokenizer.'
+        raise ModelUnavailable(f"{source.base} needs a configuration: {error.detail}", hint) from error
+
+
+def _fetch(name: str, revision: str | None, files: list[str], settings: Settings) -> Path:
     pinned = revision is not None and COMMIT.fullmatch(revision)
-    if pinned and (found := _downloaded(name, revision)):
+    if pinned and (found := _downloaded(name, revision, files)):
         return found
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     try:
@@ -51,25 +77,24 @@ def find_folder(source: ModelSource, settings: Settings) -> Path:
         HfApi(token=token).model_info(name, revision=revision, timeout=settings.hub_timeout_seconds)
         return Path(
             snapshot_download(
-                name, revision=revision, token=token, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES
+                name, revision=revision, token=token, allow_patterns=files, ignore_patterns=HUB_DUPLICATES
             )
         )
     except GatedRepoError as error:
-        raise ModelUnavailable(
-            f"{name} asks for permission", "Accept its terms on the hub and set HF_TOKEN."
-        ) from error
+        hint = "Accept its terms on the hub and set HF_TOKEN."
+        raise ModelUnavailable(f"{name} asks for permission", hint) from error
     except RevisionNotFoundError as error:
         raise ModelUnavailable(f"{name} has no revision {revision}", "Pin a commit that exists.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         hint = "Check the name in USER_MODELS; for a private model set HF_TOKEN."
-        raise ModelUnavailable(f"there is no folder {source.base}, and the hub has no model {name}", hint) from error
+        raise ModelUnavailable(f"there is no folder {name}, and the hub has no model {name}", hint) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
-        if found := _downloaded(name, revision):
+        if found := _downloaded(name, revision, files):
             return found
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise ModelUnavailable(f"the hub refuses to hand out {name}", "Check HF_TOKEN.") from error
         hint = "Check the network, or download the model and put its folder in USER_MODELS."
-        raise ModelUnavailable(f"there is no folder {source.base}, and the hub cannot be reached", hint) from error
+        raise ModelUnavailable(f"there is no folder {name}, and the hub cannot be reached", hint) from error
 
 
 def weight_files(component: Path) -> list[Path]:
@@ -79,22 +104,19 @@ def weight_files(component: Path) -> list[Path]:
 
 def is_downloaded(source: ModelSource) -> bool:
     """Whether the base is on this disk already."""
-    return source.hub_id is None or _downloaded(*source.hub_id) is not None
+    return source.hub_id is None or _downloaded(*source.hub_id, HUB_FILES) is not None
 
 
-def _downloaded(name: str, revision: str | None) -> Path | None:
+def _downloaded(name: str, revision: str | None, files: list[str]) -> Path | None:
     """Returns the snapshot on this disk, if it is whole: an interrupted download leaves a part of one."""
     try:
         folder = Path(
             snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=True,
-                allow_patterns=HUB_FILES,
-                ignore_patterns=HUB_DUPLICATES,
+                name, revision=revision, local_files_only=True, allow_patterns=files, ignore_patterns=HUB_DUPLICATES
             )
         )
-        check_folder(folder)
+        if files is HUB_FILES:
+            check_folder(folder)
     except (LocalEntryNotFoundError, ModelUnavailable):
         return None
     return folder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from api.errors import StorageFull
+from api.errors import StorageFull, StorageUnavailable
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -27,6 +27,7 @@ class PictureFolder:
 
         Raises:
             StorageFull: the disk has no room; nothing is left behind.
+            StorageUnavailable: the folder cannot be written to.
         """
         saved: list[Path] = []
         try:
@@ -57,7 +58,7 @@ class PictureFolder:
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise StorageFull(f"the disk of {self._folder.name}/ is full") from error
-            raise
+            raise StorageUnavailable(f"{self._folder.name}/ cannot be written to: {error.strerror}") from error
         finally:
             if part is not None:
                 Path(part).unlink(missing_ok=True)

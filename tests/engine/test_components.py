@@ -8,26 +8,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from api.config import ModelSource
+from api.config import ModelSource, locate
 from api.engine.components import (
     Placement,
     choose_placement,
     load_pipeline,
     size_step,
 )
-from api.engine.sources import check_folder, count_values
+from api.engine.sources import FoundBase, check_folder, count_values
 from api.engine.weights import TensorPool
 from api.errors import ModelUnavailable
 from tests import builders
-from tests.hub import Hub
 
 CPU = Placement("cpu", torch.float32)
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT, TEXT_BIAS = "text_encoder/model.safetensors", "final_layer_norm.bias"
 
 
+def found(source: ModelSource, path: Path) -> FoundBase:
+    return FoundBase(source.base, path, locate(source.config) if source.config else None)
+
+
 def load(source: ModelSource, path: Path, placement: Placement = CPU) -> Any:
-    return load_pipeline(source, path, placement, TensorPool())
+    return load_pipeline(found(source, path), placement, TensorPool())
 
 
 def load_folder(folder: Path, placement: Placement = CPU) -> Any:
@@ -68,7 +71,7 @@ def test_weights_take_the_precision_asked_for(base_folder: Path, dtype: torch.dt
 def test_two_models_share_what_is_equal(base_folder: Path, tmp_path: Path) -> None:
     other = builders.save_pipeline(tmp_path / "other", seed=1)
     pool = TensorPool()
-    first, second = (load_pipeline(builders.source(path), path, CPU, pool) for path in (base_folder, other))
+    first, second = (load_pipeline(FoundBase("base", path), CPU, pool) for path in (base_folder, other))
     assert first.vae.decoder.conv_in.weight is second.vae.decoder.conv_in.weight
     assert first.unet.conv_in.weight is not second.unet.conv_in.weight
     assert first.tokenizer is second.tokenizer
@@ -83,7 +86,7 @@ def test_models_load_whole_on_several_threads(base_folder: Path, checkpoint: Pat
     def work(index: int) -> bool:
         start.wait(30)
         source, path = (folder, base_folder) if index % 2 else (file, checkpoint)
-        return equal(weights(load_pipeline(source, path, CPU, pool)), expected)
+        return equal(weights(load_pipeline(found(source, path), CPU, pool)), expected)
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(work, range(4)))
@@ -243,10 +246,3 @@ def test_sizes_come_in_steps_of_the_autoencoder(blocks: int) -> None:
         "up_block_types": ("UpDecoderBlock2D",) * blocks,
     }
     assert size_step(builders.pipeline(vae=vae)) == max(8, 2 ** (blocks - 1))
-
-
-def test_a_single_file_without_a_configuration_needs_the_hub(hub: Hub, checkpoint: Path) -> None:
-    hub.answer = (500, {})
-    with pytest.raises(ModelUnavailable, match="needs a configuration from the hub") as caught:
-        load(builders.source(checkpoint), checkpoint)
-    assert '"config"' in caught.value.hint

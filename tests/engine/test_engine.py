@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from api.engine.engine import GPU_SHARE, HOST_SHARE, Engine
+from api.engine.sources import FoundBase
 from api.errors import OutOfMemory
 from tests import builders
 
@@ -31,13 +32,13 @@ def test_budgets_are_as_set_or_a_share_of_what_is_free(monkeypatch: pytest.Monke
 
 def test_the_bytes_expected_are_the_bytes_held(engine: Engine, base_folder: Path) -> None:
     source = builders.source(base_folder)
-    path, expected = engine.find_base(source)
-    held = sum(size for _, size in engine.load_base(source, path).sizes.values())
+    found, expected = engine.find_base(source)
+    held = sum(size for _, size in engine.load_base(found).sizes.values())
     assert 0 <= held - expected["cpu"] < 1000  # buffers that no file holds
 
 
 def load_base(engine: Engine, base: Path) -> None:
-    engine.load_base(builders.source(base), base)
+    engine.load_base(FoundBase("base", base))
 
 
 def load_adapter(engine: Engine, base: Path) -> None:

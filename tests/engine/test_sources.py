@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from api.engine.sources import count_values, find_folder, is_downloaded
+from api.engine.sources import count_values, find_base, is_downloaded
 from api.errors import ModelUnavailable
 from tests import builders
 from tests.hub import COMMIT, Hub, ask
@@ -11,11 +11,11 @@ from tests.hub import COMMIT, Hub, ask
 
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match="nobody is not there"):
-        find_folder(builders.source(tmp_path / "nobody"), builders.settings())
+        find_base(builders.source(tmp_path / "nobody"), builders.settings())
 
 
 def test_a_folder_on_this_disk_is_found(base_folder: Path) -> None:
-    assert find_folder(builders.source(base_folder), builders.settings()) == base_folder
+    assert find_base(builders.source(base_folder), builders.settings()).path == base_folder
     assert is_downloaded(builders.source(base_folder))
 
 
@@ -42,7 +42,7 @@ def stocked(hub: Hub, base_folder: Path) -> Hub:
 def test_a_model_of_the_hub_is_downloaded(stocked: Hub, base: str) -> None:
     source = builders.source(base)
     assert not is_downloaded(source)
-    path = find_folder(source, HUB_SETTINGS)
+    path = find_base(source, HUB_SETTINGS).path
     wanted = {name: data for name, data in stocked.files.items() if data != b"not wanted"}
     assert {name: (path / name).read_bytes() for name in wanted} == wanted
     assert not any(path.rglob("*.bin"))
@@ -54,17 +54,17 @@ def test_a_model_of_the_hub_is_downloaded(stocked: Hub, base: str) -> None:
 
 def test_a_pinned_model_is_asked_for_once(stocked: Hub) -> None:
     source = builders.source(PINNED)
-    path = find_folder(source, HUB_SETTINGS)
+    path = find_base(source, HUB_SETTINGS).path
     stocked.asked.clear()
-    assert find_folder(source, HUB_SETTINGS) == path
+    assert find_base(source, HUB_SETTINGS).path == path
     assert stocked.asked == []
 
 
 def test_a_downloaded_model_draws_while_the_hub_is_down(stocked: Hub) -> None:
     source = builders.source(MOVING)
-    path = find_folder(source, HUB_SETTINGS)
+    path = find_base(source, HUB_SETTINGS).path
     stocked.answer = (503, {})
-    assert find_folder(source, HUB_SETTINGS) == path
+    assert find_base(source, HUB_SETTINGS).path == path
 
 
 SAYS_NO = {
@@ -90,7 +90,7 @@ def test_what_the_hub_refuses_is_unavailable(
 ) -> None:
     hub.answer = answer
     with pytest.raises(ModelUnavailable, match=reason) as caught:
-        find_folder(builders.source(base), HUB_SETTINGS)
+        find_base(builders.source(base), HUB_SETTINGS)
     assert hint in caught.value.hint
     assert hub.asked
 
@@ -101,5 +101,25 @@ def test_no_hub_at_all_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path:
         closed.bind(("127.0.0.1", 0))
         ask(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)
         with pytest.raises(ModelUnavailable, match="cannot be reached") as caught:
-            find_folder(builders.source(base), HUB_SETTINGS)
+            find_base(builders.source(base), HUB_SETTINGS)
     assert "network" in caught.value.hint
+
+
+@pytest.fixture
+def checkpoint(base_folder: Path, tmp_path: Path) -> Path:
+    return builders.single_file(base_folder, tmp_path / "checkpoint.safetensors")
+
+
+def test_a_single_file_without_a_configuration_takes_that_of_the_hub(stocked: Hub, checkpoint: Path) -> None:
+    found = find_base(builders.source(checkpoint), HUB_SETTINGS)
+    assert found.path == checkpoint
+    assert found.config is not None
+    assert (found.config / "unet/config.json").read_bytes() == stocked.files["unet/config.json"]
+    assert not any(found.config.rglob("*.safetensors"))
+
+
+def test_a_single_file_without_a_configuration_needs_the_hub(hub: Hub, checkpoint: Path) -> None:
+    hub.answer = (500, {})
+    with pytest.raises(ModelUnavailable, match=r"needs a configuration: .* the hub cannot be reached") as caught:
+        find_base(builders.source(checkpoint), HUB_SETTINGS)
+    assert '"config"' in caught.value.hint
