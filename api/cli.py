@@ -77,7 +77,9 @@ def serve(
     try:
         listening = config.bind_socket()  # first, so that a taken port is told at once
     except SystemExit:  # uvicorn has said why
-        to_people.print("It cannot listen there: choose another address with HOST or PORT, or end what has it.")
+        to_people.print(
+            f"Nothing can listen at {settings.host}:{settings.port}: choose another address with HOST or PORT, or end what has it."
+        )
         raise
     try:
         _Announcing(config).run([listening])

@@ -80,7 +80,7 @@ def _flat_name(name: str) -> str:
 
 
 def _load_file(file: Path, config: Path) -> StableDiffusionPipeline:
-    read_header(file)
+    read_header(file)  # diffusers would unpickle what has another ending than .safetensors
     return StableDiffusionPipeline.from_single_file(
         str(file), config=str(config), dtype=torch.float32, local_files_only=True
     )

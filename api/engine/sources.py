@@ -46,14 +46,17 @@ def find_base(source: ModelSource, settings: Settings) -> FoundBase:
     """Returns the base on this disk; what is on the hub is downloaded first.
 
     Raises:
-        ModelUnavailable: it is not there, or the hub cannot be reached or says no.
+        ModelUnavailable: it is not there or not safetensors, or the hub cannot be reached or says no.
     """
     if source.hub_id is not None:
         return FoundBase(source.base, _fetch(*source.hub_id, HUB_FILES, settings))
     path = locate(source.base)
     if not path.exists():
         raise ModelUnavailable(f"{source.base} is not there", "Check USER_MODELS in api/config.py.")
-    return FoundBase(source.base, path, _find_config(source, settings) if path.is_file() else None)
+    if path.is_dir():
+        return FoundBase(source.base, path)
+    read_header(path)  # before a configuration is fetched for what is no checkpoint
+    return FoundBase(source.base, path, _find_config(source, settings))
 
 
 def _find_config(source: ModelSource, settings: Settings) -> Path:
