@@ -77,9 +77,8 @@ def serve(
     try:
         listening = config.bind_socket()  # first, so that a taken port is told at once
     except SystemExit:  # uvicorn has said why
-        to_people.print(
-            f"Nothing can listen at {settings.host}:{settings.port}: choose another address with HOST or PORT, or end what has it."
-        )
+        address = f"{settings.host}:{settings.port}"
+        to_people.print(f"{address} is not free: choose another address with HOST or PORT, or end what has it.")
         raise
     try:
         _Announcing(config).run([listening])
