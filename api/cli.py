@@ -21,9 +21,9 @@ from rich.table import Table
 
 from api import __version__
 from api.config import DEFAULT_USER, Settings, SettingsError, load_settings
-from api.errors import SitterError
+from api.errors import SitterError, StorageUnavailable
 from api.model_service import ModelService
-from api.schemas import GenerateRequest, Scheduler
+from api.schemas import CacheResponse, GenerateRequest, Scheduler
 from api.wiring import open_service
 
 app = typer.Typer(
@@ -34,7 +34,7 @@ app = typer.Typer(
 console = Console()
 to_people = Console(stderr=True, highlight=False)
 
-GRACEFUL_SECONDS = 10
+GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
 
 
@@ -45,8 +45,7 @@ class _Announcing(uvicorn.Server):
         await super().startup(sockets)
         if self.should_exit:
             return
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        address = _url(*self.servers[0].sockets[0].getsockname()[:2])
         curl = (
             f"curl -s {address}/generate/image -H 'Content-Type: application/json' \\\n"
             """    -d '{"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada"}' -o ada.png"""
@@ -55,6 +54,10 @@ class _Announcing(uvicorn.Server):
             f"\nSitter is at {address} (the API to try: {address}/docs). A picture of Ada:\n\n  {curl}\n",
             flush=True,
         )
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @app.command()
@@ -112,6 +115,10 @@ def generate(
             negative_prompt=negative_prompt,
             scheduler=cast(Scheduler | None, scheduler),
         )
+        if not output.absolute().parent.is_dir():
+            raise StorageUnavailable(
+                f"there is no folder {output.parent} for the picture", "Make it, or choose another -o."
+            )
         settings = load_settings(log_level="warning")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
@@ -134,18 +141,20 @@ def models(
     """Show which models the running server holds in memory."""
     with _errors_for_people():
         settings = load_settings()
-        url = address or f"http://{settings.host}:{settings.port}"
+        url = address or _url(settings.host, settings.port)
         try:
-            answer = httpx2.get(f"{url}/cache", timeout=10).raise_for_status().json()
-        except httpx2.HTTPError as error:
-            to_people.print(f"No Sitter answers at {url}: {error}\nStart it with `sitter serve`, or say --address.")
+            answer = CacheResponse.model_validate_json(
+                httpx2.get(f"{url}/cache", timeout=10).raise_for_status().content
+            )
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValidationError) as error:
+            to_people.print(f"No Sitter answers at {url}.\nStart it with `sitter serve`, or say --address.")
             raise typer.Exit(1) from error
     table = Table("model", "bytes", "of its own", "in use", "hits")
-    for model in answer["models"]:
-        table.add_row(*(f"{model[key]:,}" if key != "model_id" else model[key] for key in model))
+    for model in answer.models:
+        table.add_row(model.model_id, f"{model.bytes:,}", f"{model.own_bytes:,}", str(model.in_use), str(model.hits))
     console.print(table)
-    for device, used in answer["used_bytes"].items():
-        console.print(f"{device}: {used:,} of {answer['budget_bytes'][device]:,} bytes")
+    for device, used in answer.used_bytes.items():
+        console.print(f"{device}: {used:,} of {answer.budget_bytes[device]:,} bytes")
 
 
 @app.command()

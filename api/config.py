@@ -7,7 +7,8 @@ adds to it. A value that does not fit, or a setting nobody knows, stops the star
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -67,10 +69,17 @@ class ModelSource(BaseModel):
     )
     lora_scale: float = Field(default=1.0, ge=-2.0, le=2.0, allow_inf_nan=False, description="strength of the LoRA")
 
+    def __str__(self) -> str:
+        return self.model_id
+
     @property
     def model_id(self) -> str:
         """The name the API answers with: the adapter's where there is one, else the base's."""
         return self.lora or self.base
+
+    def without_lora(self) -> Self:
+        """Returns the base alone: what users with different adapters share."""
+        return self if self.lora is None else self.model_copy(update={"lora": None, "lora_scale": 1.0})
 
     @property
     def hub_id(self) -> tuple[str, str | None] | None:
@@ -81,13 +90,19 @@ class ModelSource(BaseModel):
         return name, revision or None
 
 
-def locate(path: str) -> Path:
+def locate(path: str | Path) -> Path:
     """Returns `path` as an absolute path; a relative one starts at the checkout."""
     return (ROOT / Path(path).expanduser()).absolute()
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
 def _as_source(value: Any) -> Any:
-    return {"base": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"base": value}
+    return dict(value) if isinstance(value, MappingProxyType) else value
 
 
 def _reasonable_user(name: str) -> str:
@@ -138,15 +153,17 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         default=256, ge=1, le=10_000, description="Requests drawn or waiting at once; more get 503 `busy`."
     )
-    output_dir: Path = Field(default=ROOT / "api" / "output", description="Folder for the pictures.")
+    output_dir: Annotated[Path, AfterValidator(locate)] = Field(
+        default=ROOT / "api" / "output", description="Folder for the pictures; a relative one starts at the checkout."
+    )
     hf_token: SecretStr | None = Field(default=None, description="Token for private models on the Hugging Face hub.")
     hub_timeout_seconds: float = Field(
-        default=10.0,
+        default=2.0,
         gt=0,
         le=600,
         description="Longest wait for the hub to answer before a model counts as unreachable.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
         default="info", description="Least severe log line shown."
     )
 
@@ -174,11 +191,33 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Weighs the sources: arguments, environment, `.env`, then the YAML file named by SITTER_CONFIG."""
         yaml = YamlConfigSettingsSource(settings_cls, yaml_file=_yaml_file())
-        return init_settings, env_settings, dotenv_settings, yaml
+        return init_settings, *(_WholeModels(source) for source in (env_settings, dotenv_settings, yaml))
 
     def source_for(self, user_id: str) -> ModelSource:
         """Returns where the model of `user_id` comes from: their own, or the default's."""
         return self.user_models.get(user_id, self.user_models[DEFAULT_USER])
+
+
+class _WholeModels(PydanticBaseSettingsSource):
+    """A source whose models replace those of the sources below whole: a base of one with a LoRA of another is nobody.
+
+    Pydantic merges dictionaries of several sources key by key, at every depth; what is no dict, it replaces.
+    """
+
+    def __init__(self, source: PydanticBaseSettingsSource) -> None:
+        super().__init__(source.settings_cls)
+        self._source = source
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._source.get_field_value(field, field_name)
+
+    def __call__(self) -> dict[str, Any]:
+        data = self._source()
+        models = data.get("user_models")
+        if not isinstance(models, dict):
+            return data
+        whole = {user: MappingProxyType(model) if isinstance(model, dict) else model for user, model in models.items()}
+        return {**data, "user_models": whole}
 
 
 def _yaml_file() -> Path:

@@ -59,6 +59,14 @@ class ModelUnavailable(SitterError):
     hint = "Run `sitter doctor` on the server: it says which models load, and why not."
 
 
+class EngineUnavailable(SitterError):
+    """The libraries or the driver that drawing needs do not start."""
+
+    status = 503
+    code = "engine_unavailable"
+    hint = "Run `sitter doctor` on the server; USE_GPU=false draws on the CPU when a GPU's driver is at fault."
+
+
 class OutOfMemory(SitterError):
     """The device has no memory left for this picture, even after idle models were evicted."""
 

@@ -16,24 +16,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from PIL import Image
 
 from api.config import ModelSource, Settings
 from api.engine.cache import Lease, Loaded, ModelCache, Reserve
-from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown
+from api.errors import EngineUnavailable, ModelUnavailable, OutOfMemory, ShuttingDown
 from api.schemas import GenerateRequest, Timings
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from api.engine.adapters import Adapter
     from api.engine.engine import Base, Engine
-    from api.engine.pipeline import Drawing
+    from api.engine.pipeline import Drawing, OnStep
+    from api.engine.sources import FoundBase
 
 T = TypeVar("T")
 log = structlog.get_logger()
-OnStep = Callable[[int, int], None]
 
 RANDOM_SEEDS = 2**32
 FAILURE_MEMORY_SECONDS = 30.0
+DRAWING_AND_NEXT = 2  # models in use at once: one draws, the next loads meanwhile
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,6 @@ class LeasedModel:
     base: "Base"
     adapter: "Adapter | None"
     cache_hit: bool
-
-
-@dataclass(frozen=True)
-class CacheKey:
-    """Identity of what is cached: a base, or an adapter over a base at one strength."""
-
-    base: str
-    config: str | None
-    lora: str | None = None
-    lora_scale: float = 1.0
-
-    def __str__(self) -> str:
-        return self.lora or self.base
 
 
 @dataclass(frozen=True)
@@ -96,6 +85,8 @@ class ModelService:
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
         self._started: Future[tuple[Engine, ModelCache[Any]]] = self._drawing.submit(_start, settings)
         self._stopping = threading.Event()
+        self._turns = threading.Semaphore(DRAWING_AND_NEXT)
+        self._found: dict[ModelSource, FoundBase] = {}
         self._failures: dict[ModelSource, _Failure] = {}
 
     @property
@@ -108,7 +99,7 @@ class ModelService:
         """The models in memory, for reading; waits as `engine` does."""
         return self._started.result()[1]
 
-    def generate(self, request: GenerateRequest, on_step: OnStep = lambda done, of: None) -> Generation:
+    def generate(self, request: GenerateRequest, on_step: "OnStep" = lambda done, of: None) -> Generation:
         """Returns the pictures of `request`. Blocks until they are drawn: call it off the event loop.
 
         Args:
@@ -149,6 +140,7 @@ class ModelService:
     def clear_cache(self) -> tuple[int, int]:
         """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
         self._failures.clear()
+        self._found.clear()
         freed = self.cache.clear()
         self.engine.free_memory()
         return freed
@@ -158,55 +150,75 @@ class ModelService:
         self._stopping.set()
         self._drawing.shutdown(wait=True, cancel_futures=True)
 
-    def _acquire(self, source: ModelSource, leases: ExitStack) -> LeasedModel:
+    def _draw_with_model(self, source: ModelSource, request: GenerateRequest, seed: int, on_step: "OnStep") -> _Drawn:
+        self._find(source).check_size(request.width, request.height)
+        asked = time.perf_counter()
+
+        def step(done: int, of: int) -> None:
+            self._raise_if_stopping()
+            on_step(done, of)
+
+        # A model is in use only while it draws or is next: however many requests wait, the byte budget holds.
+        with self._turns:
+            self._raise_if_stopping()
+            turn = time.perf_counter()
+            with self.lease(source) as model:
+                leased = time.perf_counter()
+
+                def draw() -> "tuple[float, Drawing]":
+                    self._raise_if_stopping()
+                    return time.perf_counter(), self.engine.draw(model.base, model.adapter, request, seed, step)
+
+                began, drawing = self._retried_without_idle(lambda: self._on_drawing_thread(draw))
+                queued = (turn - asked) + (began - leased)
+                return _Drawn(drawing, model.cache_hit, load_seconds=leased - turn, queue_seconds=queued)
+
+    def _find(self, source: ModelSource) -> "FoundBase":
+        """Returns where the base is on this disk; a hub is asked once a process, and not while it draws."""
         failure = self._failures.get(source)
         if failure and time.monotonic() < failure.until:
             raise ModelUnavailable(failure.detail, failure.hint)
-        try:
-            base = self._retried_without_idle(lambda: self._lease_base(source))
+        base = source.without_lora()
+        if base not in self._found:
+            with self._remembering_failure(source):
+                self._found[base] = self.engine.find_base(base)
+        return self._found[base]
+
+    def _acquire(self, source: ModelSource, leases: ExitStack) -> LeasedModel:
+        found = self._find(source)
+        with self._remembering_failure(source):
+            base = self._retried_without_idle(lambda: self._lease_base(source.without_lora(), found))
             leases.callback(base.release)
             if source.lora is None:
                 return LeasedModel(base.value, None, base.hit)
-            adapter = self._lease_adapter(source, source.lora, base.value)
+            adapter = self._retried_without_idle(lambda: self._lease_adapter(source, base.value))
             leases.callback(adapter.release)
             return LeasedModel(base.value, adapter.value, base.hit and adapter.hit)
+
+    @contextmanager
+    def _remembering_failure(self, source: ModelSource) -> Iterator[None]:
+        """Remembers for a while that a model is unavailable, so that the next request is told at once."""
+        try:
+            yield
         except ModelUnavailable as error:
-            until = time.monotonic() + FAILURE_MEMORY_SECONDS
-            self._failures[source] = _Failure(error.detail, error.hint, until)
-            log.warning("model_unavailable", model=source.model_id, reason=error.detail)
+            self._found.pop(source.without_lora(), None)
+            self._failures[source] = _Failure(error.detail, error.hint, time.monotonic() + FAILURE_MEMORY_SECONDS)
             raise
 
-    def _lease_base(self, source: ModelSource) -> "Lease[Base]":
+    def _lease_base(self, source: ModelSource, found: "FoundBase") -> "Lease[Base]":
         def load(reserve: Reserve) -> "Loaded[Base]":
-            found, expected = self.engine.find_base(source)
-            reserve(expected)
+            reserve(self.engine.base_bytes(found))
             return self.engine.load_base(found)
 
-        return self.cache.lease(CacheKey(source.base, source.config), load)
+        return self.cache.lease(source, load)
 
-    def _lease_adapter(self, source: ModelSource, lora: str, base: "Base") -> "Lease[Adapter]":
+    def _lease_adapter(self, source: ModelSource, base: "Base") -> "Lease[Adapter]":
         def load(reserve: Reserve) -> "Loaded[Adapter]":
-            path, expected = self.engine.find_adapter(lora)
-            reserve(expected)
+            path = self.engine.find_adapter(source)
+            reserve({"cpu": path.stat().st_size})
             return self.engine.load_adapter(path, base, source.lora_scale)
 
-        return self.cache.lease(CacheKey(source.base, source.config, lora, source.lora_scale), load)
-
-    def _draw_with_model(self, source: ModelSource, request: GenerateRequest, seed: int, on_step: OnStep) -> _Drawn:
-        began = time.perf_counter()
-        with self.lease(source) as model:
-            asked = time.perf_counter()
-
-            def draw() -> "tuple[float, Drawing]":
-                self._raise_if_stopping()
-                return time.perf_counter(), self.engine.draw(model.base, model.adapter, request, seed, step)
-
-            def step(done: int, of: int) -> None:
-                self._raise_if_stopping()
-                on_step(done, of)
-
-            turn, drawing = self._retried_without_idle(lambda: self._on_drawing_thread(draw))
-            return _Drawn(drawing, model.cache_hit, load_seconds=asked - began, queue_seconds=turn - asked)
+        return self.cache.lease(source, load)
 
     def _on_drawing_thread(self, action: Callable[[], T]) -> T:
         try:
@@ -226,7 +238,7 @@ class ModelService:
         try:
             return action()
         except OutOfMemory:
-            log.warning("out_of_memory", evicting=self.cache.used())
+            log.warning("out_of_memory", models_held=self.cache.used())
         # Out of the except block: the exception's frames held the tensors that did not fit.
         self.cache.evict_idle()
         self.engine.free_memory()
@@ -237,13 +249,17 @@ def _start(settings: Settings) -> "tuple[Engine, ModelCache[Any]]":
     # Their warnings speak to developers; what an operator needs arrives as an exception. Read at import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from api.engine.engine import Engine
+    try:
+        from api.engine.engine import Engine
 
-    engine = Engine(settings)
+        engine = Engine(settings)
+    except Exception as error:
+        log.error("engine_unavailable", reason=str(error))
+        raise EngineUnavailable(f"the engine does not start: {error}") from error
     return engine, ModelCache(engine.budgets())
 
 
-def _encode(image: Image.Image) -> bytes:
+def _encode(image: "Image") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,9 +1,9 @@
 """Every shape on the wire and its bounds. `GenerateRequest` travels down to the engine unchanged."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from api.config import DEFAULT_USER, UserId
 
@@ -84,6 +84,12 @@ class GenerateRequest(BaseModel):
         examples=[1],
     )
 
+    @model_validator(mode="after")
+    def _seeds_fit(self) -> Self:
+        if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
+            raise ValueError("seed: too large for that many pictures")
+        return self
+
 
 class Timings(BaseModel):
     """Seconds spent in each phase."""
@@ -118,11 +124,13 @@ class GenerateResponse(BaseModel):
     )
     model_id: str = Field(description="The model that drew it.", examples=["models/sitters/ada"])
     generation_time: float = Field(
-        description="Seconds from the model's turn to the finished PNG, waiting included.", examples=[1.45]
+        description="Seconds from the request to the finished pictures, waiting and loading included.", examples=[1.45]
     )
     image_id: str = Field(description="Name of the first picture.", examples=["ada_20260107_143022"])
     seed: int = Field(description="Seed of the first picture.", examples=[42])
-    cache: Literal["hit", "miss"] = Field(description="Whether the model was in memory already.", examples=["hit"])
+    cache: Literal["hit", "miss"] = Field(
+        description="Whether the model was in memory already, or on its way there.", examples=["hit"]
+    )
     timings: Timings = Field(description="Seconds by phase.")
     images: list[GeneratedImage] = Field(description="Every picture, the first included.")
 

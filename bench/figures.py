@@ -79,4 +79,5 @@ def page(sections: dict[str, list[Figure]], path: Path) -> None:
         for figure in figures:
             met = {None: "", True: "yes", False: "**no**"}[figure.met]
             lines.append(f"| {figure.name} | {figure.value:.4g} | {figure.unit} | {figure.bar} | {met} |")
+    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

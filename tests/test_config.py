@@ -141,6 +141,19 @@ def test_a_configuration_without_a_default_model_stops_the_start(monkeypatch: py
         load_settings()
 
 
+def test_a_model_is_never_put_together_from_two_sources(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml.write_text("user_models: {eve: {base: models/demo, lora: models/sitters/ada, lora_scale: 0.5}, bo: other}")
+    monkeypatch.setenv("USER_MODELS", '{"eve": {"base": "/srv/eve"}}')
+    models = load_settings().user_models
+    assert models["eve"] == ModelSource(base="/srv/eve")
+    assert models["bo"] == ModelSource(base="other")
+
+
+def test_a_log_level_in_capitals_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_LEVEL", "INFO")
+    assert load_settings().log_level == "info"
+
+
 def test_a_user_without_a_model_gets_the_default() -> None:
     settings = load_settings(user_models={"eve": "eve/model"})
     assert settings.source_for("eve").model_id == "eve/model"

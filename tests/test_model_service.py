@@ -10,7 +10,7 @@ from PIL import Image
 
 from api.config import ModelSource
 from api.engine.sources import FoundBase
-from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown
+from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown, UnsupportedSize
 from api.model_service import ModelService
 from tests import builders
 
@@ -314,6 +314,39 @@ def test_a_model_cleared_while_it_draws_finishes_its_picture(service: ModelServi
     assert service.cache.used() == 0
 
 
+def test_many_waiting_users_stay_within_the_budget(
+    open_service: Open, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [f"user{number}" for number in range(6)]
+    more = {
+        user: builders.source(builders.save_pipeline(tmp_path / user, seed=seed)) for seed, user in enumerate(users, 10)
+    }
+    alone = sum(
+        p.numel() * 4
+        for name in ("unet", "vae", "text_encoder")
+        for p in getattr(builders.pipeline(), name).parameters()
+    )
+    service = open_service(more, host_cache_gb=2.5 * alone / 1e9)
+    held: list[int] = []
+    draw_it = service.engine.draw
+
+    def watched(*arguments: Any) -> Any:
+        held.append(service.cache.used())
+        return draw_it(*arguments)
+
+    monkeypatch.setattr(service.engine, "draw", watched)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda user: draw(service, user), users * 2))
+    assert len(held) == 12
+    assert max(held) <= 2.5 * alone
+
+
+def test_a_wrong_size_is_told_before_the_model_loads(service: ModelService) -> None:
+    with pytest.raises(UnsupportedSize):
+        draw(service, "ada", width=260)
+    assert cached(service) == set()
+
+
 def test_closing_ends_the_drawing_and_refuses_what_waits(
     service: ModelService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +365,7 @@ def test_closing_ends_the_drawing_and_refuses_what_waits(
         drawing = pool.submit(service.generate, builders.request(user_id="ada", num_inference_steps=150), held)
         assert held.drawing.wait(WAIT)
         waiting = [pool.submit(service.generate, builders.request(user_id="bo")) for _ in range(2)]
-        for _ in range(3):
+        for _ in range(2):  # the one that draws and the next; the third waits for its turn
             assert submitted.acquire(timeout=WAIT)
         closing = pool.submit(service.close)
         assert service._stopping.wait(WAIT)

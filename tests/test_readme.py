@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from api.config import ROOT, Settings
 
 README = ROOT / "README.md"
@@ -23,6 +25,12 @@ def test_settings_table_is_current() -> None:
     match = BLOCK.search(README.read_text())
     assert match
     assert match.group() == settings_table()
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "ARCHITECTURE.md", ROOT / "api" / "README.md"], ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Free of torch. What is cached is anything that can name its storages: `sizes` ma
 """
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ class _Entry(Generic[T]):
     future: "Future[Loaded[T]]" = field(default_factory=Future)
     users: int = 0
     hits: int = 0
+    devices: set[str] = field(default_factory=set)
     stale: bool = False  # no longer in the cache: freed when the last user leaves
 
 
@@ -88,6 +89,7 @@ class ModelCache(Generic[T]):
         self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()  # least recently used first
         self._storages: dict[Hashable, tuple[str, int, int]] = {}  # storage → (device, bytes, entries holding it)
         self._held: set[_Entry[T]] = set()  # loaded entries, the stale but used ones included
+        self._used: Counter[str] = Counter()  # device → bytes of all storages
         self._lock = threading.RLock()
 
     def lease(self, key: Hashable, load: Callable[[Reserve], Loaded[T]]) -> Lease[T]:
@@ -115,7 +117,8 @@ class ModelCache(Generic[T]):
             except BaseException:
                 self._release(entry)
                 raise
-            entry.hits += 1
+            with self._lock:
+                entry.hits += 1
         return Lease(self, entry, hit=not loads)
 
     def _load(self, entry: _Entry[T], load: Callable[[Reserve], Loaded[T]]) -> None:
@@ -131,6 +134,8 @@ class ModelCache(Generic[T]):
             for storage, (device, size) in loaded.sizes.items():
                 held = self._storages.get(storage, (device, size, 0))[2]
                 self._storages[storage] = (device, size, held + 1)
+                self._used[device] += 0 if held else size
+            entry.devices = {device for device, _ in loaded.sizes.values()}
             self._held.add(entry)
             entry.future.set_result(loaded)
         self._make_room({})
@@ -146,9 +151,9 @@ class ModelCache(Generic[T]):
                 )
             with self._lock:
                 for entry in list(self._entries.values()):
-                    if self.used(device) + wanted <= budget:
+                    if self._used[device] + wanted <= budget:
                         break
-                    if entry.users == 0 and self._touches(entry, device):
+                    if entry.users == 0 and device in entry.devices:
                         self._forget(entry)
 
     def evict_idle(self) -> int:
@@ -168,10 +173,14 @@ class ModelCache(Generic[T]):
                 self._forget(entry)
             return before - self.used(), self.used()
 
+    def count(self) -> int:
+        """Returns how many models are held."""
+        return len(self._held)
+
     def used(self, device: str | None = None) -> int:
         """Returns the bytes held on `device`, or on all of them. Shared storages count once."""
         with self._lock:
-            return sum(size for where, size, _ in self._storages.values() if device in (None, where))
+            return self._used.total() if device is None else self._used[device]
 
     def info(self) -> list[EntryInfo]:
         """Returns the models that are loaded, most recently used first."""
@@ -179,7 +188,7 @@ class ModelCache(Generic[T]):
             return [self._describe(entry) for entry in reversed(self._entries.values()) if entry in self._held]
 
     def check(self) -> None:
-        """Raises AssertionError when the accounting is off. Cheap: meant for tests and idle time."""
+        """Raises AssertionError when the accounting is off. For tests."""
         with self._lock:
             counted: dict[Hashable, int] = {}
             for entry in self._held:
@@ -187,15 +196,16 @@ class ModelCache(Generic[T]):
                 for storage in entry.future.result().sizes:
                     counted[storage] = counted.get(storage, 0) + 1
             assert counted == {storage: held for storage, (_, _, held) in self._storages.items()}
+            total: Counter[str] = Counter()
+            for device, size, _ in self._storages.values():
+                total[device] += size
+            assert +self._used == +total
 
     def _describe(self, entry: _Entry[T]) -> EntryInfo:
         sizes = entry.future.result().sizes
         own = sum(size for storage, (_, size) in sizes.items() if self._storages[storage][2] == 1)
         total = sum(size for _, size in sizes.values())
         return EntryInfo(entry.key, own, total, entry.users, entry.hits)
-
-    def _touches(self, entry: _Entry[T], device: str) -> bool:
-        return any(where == device for where, _ in entry.future.result().sizes.values())
 
     def _forget(self, entry: _Entry[T]) -> None:
         if self._entries.get(entry.key) is entry:
@@ -217,3 +227,5 @@ class ModelCache(Generic[T]):
             device, size, held = self._storages.pop(storage)
             if held > 1:
                 self._storages[storage] = (device, size, held - 1)
+            else:
+                self._used[device] -= size

@@ -95,8 +95,3 @@ def _make_ready(pipeline: StableDiffusionPipeline, placement: Placement, pool: T
             module.requires_grad_(False).eval()
             pool.share(name, module)
     pipeline.tokenizer = pool.share_tokenizer(pipeline.tokenizer)
-
-
-def size_step(pipeline: StableDiffusionPipeline) -> int:
-    """Returns the number of pixels that width and height must be a multiple of (at least diffusers' own 8)."""
-    return max(8, int(pipeline.vae_scale_factor))

@@ -1,6 +1,7 @@
 """Engine: one device. It loads bases and adapters for the cache and draws with them; the service knows only this."""
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from api.schemas import GenerateRequest
 
 HOST_SHARE = 0.5
 GPU_SHARE = 0.7
+CGROUP = Path("/sys/fs/cgroup")
 
 Base: TypeAlias = StableDiffusionPipeline
 
@@ -60,19 +62,26 @@ class Engine:
 
     def free_bytes(self, device: str) -> int:
         """Returns the memory that is free on `device` now."""
-        return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
+        if device == "cuda":
+            return int(torch.cuda.mem_get_info()[0])
+        return int(min(psutil.virtual_memory().available, _container_free_bytes()))  # an Apple GPU shares the host's
 
     def budgets(self) -> dict[str, int]:
         """Returns device → bytes that models may take: as set, else a share of what is free now."""
         budgets = {"cpu": int(self._settings.host_cache_gb * 1e9 or self.free_bytes("cpu") * HOST_SHARE)}
-        if self.device == "cuda":
-            budgets["cuda"] = int(self._settings.gpu_cache_gb * 1e9 or self.free_bytes("cuda") * GPU_SHARE)
+        if self.device != "cpu":
+            budgets[self.device] = int(self._settings.gpu_cache_gb * 1e9 or self.free_bytes(self.device) * GPU_SHARE)
         return budgets
 
-    def find_base(self, source: ModelSource) -> tuple[FoundBase, dict[str, int]]:
-        """Returns where the base is on this disk, downloaded if need be, and device → bytes it will take."""
-        found = sources.find_base(source, self._settings)
-        return found, {self.device: sources.count_values(found.path) * self._placement.dtype.itemsize}
+    def find_base(self, source: ModelSource) -> FoundBase:
+        """Returns where the base is on this disk, downloaded if need be. Raises ModelUnavailable."""
+        return sources.find_base(source, self._settings)
+
+    def base_bytes(self, found: FoundBase) -> dict[str, int]:
+        """Returns device → bytes that loading the base takes: float32 on the host first, then its place."""
+        values = sources.count_values(found.path)
+        on_host = {"cpu": torch.float32.itemsize * values}
+        return on_host if self.device == "cpu" else {**on_host, self.device: self._placement.dtype.itemsize * values}
 
     def is_downloaded(self, source: ModelSource) -> bool:
         """Whether the base is on this disk, so that loading it asks no hub."""
@@ -86,10 +95,10 @@ class Engine:
         tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
         return Loaded(pipeline, weights.storages_of(tensors))
 
-    def find_adapter(self, lora: str) -> tuple[Path, dict[str, int]]:
-        """Returns the weight file of the LoRA, and device → bytes it will take."""
-        path = find_adapter_file(locate(lora))
-        return path, {"cpu": path.stat().st_size}
+    def find_adapter(self, source: ModelSource) -> Path:
+        """Returns the weight file of the LoRA of `source`. Raises ModelUnavailable."""
+        assert source.lora is not None
+        return find_adapter_file(locate(source.lora))
 
     def load_adapter(self, path: Path, base: Base, strength: float) -> Loaded[Adapter]:
         """Returns the LoRA at `path`, checked against its base, on the host. Raises ModelUnavailable or OutOfMemory."""
@@ -109,14 +118,24 @@ class Engine:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+        elif self.device == "mps":
+            torch.mps.empty_cache()
 
 
 @contextmanager
 def _our_out_of_memory() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         if not weights.is_out_of_memory(error):
             raise
         where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "computer"
         raise OutOfMemory(f"the {where} has no memory left for this picture") from error
+
+
+def _container_free_bytes() -> float:
+    """Returns what the container we run in has left (cgroup v2), or infinity outside of one."""
+    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if not limit.exists() or (most := limit.read_text().strip()) == "max":
+        return math.inf
+    return max(0, int(most) - int(used.read_text()))

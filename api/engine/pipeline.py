@@ -18,9 +18,8 @@ from diffusers import (
 from PIL import Image
 
 from api.engine.adapters import Adapter, applied
-from api.engine.components import size_step
-from api.errors import BadPicture, Blocked, InvalidRequest, UnsupportedSize
-from api.schemas import MAX_SEED, GenerateRequest
+from api.errors import BadPicture, Blocked
+from api.schemas import GenerateRequest
 
 SCHEDULERS: dict[str, type[Any]] = {
     "ddim": DDIMScheduler,
@@ -39,17 +38,6 @@ class Drawing:
     images: list[Image.Image]
     denoise_seconds: float
     decode_seconds: float
-
-
-def check_size(pipeline: StableDiffusionPipeline, width: int, height: int) -> None:
-    """Raises UnsupportedSize, naming the nearest size, when the model cannot draw `width` × `height` pixels."""
-    step = size_step(pipeline)
-    if width % step or height % step:
-        nearest = " × ".join(str(max(256, min(1024, round(side / step) * step))) for side in (width, height))
-        raise UnsupportedSize(
-            f"this model draws widths and heights that are multiples of {step}, not {width} × {height}",
-            f"The nearest size is {nearest}.",
-        )
 
 
 def draw(
@@ -72,13 +60,9 @@ def draw(
         on_step: called after each step with (done, of); whatever it raises ends the drawing.
 
     Raises:
-        UnsupportedSize: the model cannot draw this size.
         BadPicture: latents or pixels are not finite.
         Blocked: the model's safety checker refused a picture.
     """
-    check_size(pipeline, request.width, request.height)
-    if seed + request.num_images - 1 > MAX_SEED:
-        raise InvalidRequest("the seed is too large for that many pictures")
     own = StableDiffusionPipeline(
         **{**pipeline.components, "scheduler": _scheduler(pipeline, request.scheduler)},
         requires_safety_checker=False,
@@ -86,7 +70,7 @@ def draw(
     own.set_progress_bar_config(disable=True)
 
     def after_step(_: Any, index: int, __: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        on_step(index + 1, request.num_inference_steps)
+        on_step(index + 1, own.num_timesteps)  # some schedulers take a step more than asked
         return tensors
 
     with torch.inference_mode(), applied(adapter, pipeline):

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from api.config import ModelSource, Settings, locate
 from api.engine.weights import SAFETENSORS_HINT, read_header
-from api.errors import ModelUnavailable
+from api.errors import ModelUnavailable, UnsupportedSize
 
 TENSOR_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker")
 TRUSTED_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
@@ -40,6 +40,17 @@ class FoundBase:
     name: str
     path: Path
     config: Path | None = None
+    size_step: int = 8
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises UnsupportedSize, naming the nearest size, when the model cannot draw `width` × `height` pixels."""
+        step = self.size_step
+        if width % step or height % step:
+            nearest = " × ".join(str(max(256, min(1024, round(side / step) * step))) for side in (width, height))
+            raise UnsupportedSize(
+                f"this model draws widths and heights that are multiples of {step}, not {width} × {height}",
+                f"The nearest size is {nearest}.",
+            )
 
 
 def find_base(source: ModelSource, settings: Settings) -> FoundBase:
@@ -49,14 +60,25 @@ def find_base(source: ModelSource, settings: Settings) -> FoundBase:
         ModelUnavailable: it is not there or not safetensors, or the hub cannot be reached or says no.
     """
     if source.hub_id is not None:
-        return FoundBase(source.base, _fetch(*source.hub_id, HUB_FILES, settings))
+        path = _fetch(*source.hub_id, HUB_FILES, settings)
+        return FoundBase(source.base, path, size_step=_size_step(path))
     path = locate(source.base)
     if not path.exists():
         raise ModelUnavailable(f"{source.base} is not there", "Check USER_MODELS in api/config.py.")
     if path.is_dir():
-        return FoundBase(source.base, path)
+        return FoundBase(source.base, path, size_step=_size_step(path))
     read_header(path)  # before a configuration is fetched for what is no checkpoint
-    return FoundBase(source.base, path, _find_config(source, settings))
+    config = _find_config(source, settings)
+    return FoundBase(source.base, path, config, _size_step(config))
+
+
+def _size_step(folder: Path) -> int:
+    """Returns the pixels that one latent spans, by the autoencoder's levels; at least diffusers' own 8."""
+    try:
+        config = json.loads((folder / "vae" / "config.json").read_bytes())
+        return int(max(8, 2 ** (len(config["block_out_channels"]) - 1)))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelUnavailable(f"{folder.name}/vae/config.json cannot be read") from error
 
 
 def _find_config(source: ModelSource, settings: Settings) -> Path:

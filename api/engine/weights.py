@@ -1,5 +1,6 @@
 """Weights: safetensors files checked before they are opened, and tensors that are equal held once."""
 
+import errno
 import hashlib
 import json
 import struct
@@ -17,8 +18,8 @@ from api.errors import ModelUnavailable
 MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 10_000
 FINGERPRINT_VALUES = 64
-# What PyTorch's CPU allocator says; on a GPU there is torch.OutOfMemoryError.
-HOST_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
+# What PyTorch says in a plain RuntimeError: its CPU and Apple allocators, and CUDA's libraries.
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "backend out of memory", "_STATUS_ALLOC_FAILED")
 SAFETENSORS_HINT = (
     "Only safetensors are loaded, never pickles (.bin, .ckpt, .pt). Save the model again as .safetensors."
 )
@@ -64,9 +65,11 @@ def _end_of(entry: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no room, on the GPU or on the host."""
-    on_host = isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_OUT_OF_MEMORY)
-    return on_host or isinstance(error, torch.OutOfMemoryError)
+    """Whether there was no room, on the GPU or on the host."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:

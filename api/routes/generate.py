@@ -1,6 +1,7 @@
 """POST /generate and /generate/image."""
 
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Body, Response
 
@@ -55,7 +56,7 @@ async def generate_png(request: Drawn, service: ServiceDep, waiting: WaitingDep)
         raise InvalidRequest("/generate/image answers with one picture", "Leave num_images at 1, or use /generate.")
     done = await waiting.run(lambda: generate(request, service.models, service.pictures))
     headers = {
-        "X-Model-Used": done.response.model_id,
+        "X-Model-Used": quote(done.response.model_id, safe="/:@ "),  # a header is Latin-1, a path may be anything
         "X-Generation-Time": f"{done.response.generation_time:.3f}",
         "X-Seed": str(done.response.seed),
     }

@@ -17,7 +17,7 @@ async def health(service: ServiceDep) -> HealthResponse:
     return HealthResponse(
         status="healthy",
         device=engine.device,
-        models_loaded=len(service.models.cache.info()),
+        models_loaded=service.models.cache.count(),
         dtype=engine.dtype,
         version=__version__,
     )

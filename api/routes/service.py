@@ -24,6 +24,8 @@ class Waiting:
     """Bounds the requests that draw or wait to draw: each holds a thread."""
 
     def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
         self._limiter = CapacityLimiter(most)
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -33,12 +35,15 @@ class Waiting:
             Busy: all threads are taken.
             ShuttingDown: the server stops before it is done.
         """
-        if self._limiter.available_tokens < 1:
-            raise Busy(f"{int(self._limiter.total_tokens)} requests are waiting already")
+        if self._count >= self._most:
+            raise Busy(f"{self._most} requests are waiting already")
+        self._count += 1
         try:
             return await anyio.to_thread.run_sync(work, limiter=self._limiter)
         except asyncio.CancelledError as error:  # by uvicorn, whose patience with what still runs is at its end
             raise ShuttingDown("the server is stopping") from error
+        finally:
+            self._count -= 1
 
 
 def get_waiting(request: Request) -> Waiting:

@@ -10,6 +10,7 @@ from pathlib import Path
 from api.errors import StorageFull, StorageUnavailable
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # exFAT, some network disks
 
 
 class PictureFolder:
@@ -68,9 +69,20 @@ class PictureFolder:
         while True:
             path = self._folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")
             try:
-                os.link(part, path)
+                _name_once(part, path)
             except FileExistsError:
                 number += 1
             else:
                 path.chmod(0o644)
                 return path
+
+
+def _name_once(part: Path, path: Path) -> None:
+    """Gives the file `part` the name `path`. Raises FileExistsError when that is taken."""
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        path.touch(exist_ok=False)  # takes the name; an empty file is there until the next line
+        part.replace(path)

@@ -13,7 +13,6 @@ from api.engine.components import (
     Placement,
     choose_placement,
     load_pipeline,
-    size_step,
 )
 from api.engine.sources import FoundBase, check_folder, count_values
 from api.engine.weights import TensorPool
@@ -235,14 +234,3 @@ def test_a_single_file_of_something_else_is_refused(base_folder: Path, tmp_path:
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_without_a_gpu_models_live_on_the_cpu(dtype: str, expected: torch.dtype) -> None:
     assert choose_placement(builders.settings(use_gpu=False, dtype=dtype)) == Placement("cpu", expected)
-
-
-@pytest.mark.parametrize("blocks", [1, 4, 5])
-def test_sizes_come_in_steps_of_the_autoencoder(blocks: int) -> None:
-    vae = {
-        **builders.VAE,
-        "block_out_channels": (4,) * blocks,
-        "down_block_types": ("DownEncoderBlock2D",) * blocks,
-        "up_block_types": ("UpDecoderBlock2D",) * blocks,
-    }
-    assert size_step(builders.pipeline(vae=vae)) == max(8, 2 ** (blocks - 1))

@@ -31,10 +31,27 @@ def test_budgets_are_as_set_or_a_share_of_what_is_free(monkeypatch: pytest.Monke
 
 
 def test_the_bytes_expected_are_the_bytes_held(engine: Engine, base_folder: Path) -> None:
-    source = builders.source(base_folder)
-    found, expected = engine.find_base(source)
+    found = engine.find_base(builders.source(base_folder))
     held = sum(size for _, size in engine.load_base(found).sizes.values())
-    assert 0 <= held - expected["cpu"] < 1000  # buffers that no file holds
+    assert 0 <= held - engine.base_bytes(found)["cpu"] < 1000  # buffers that no file holds
+
+
+def test_a_base_for_a_gpu_passes_the_host_in_float32(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(builders.settings(dtype="float16"))
+    found = engine.find_base(builders.source(base_folder))
+    monkeypatch.setattr(Engine, "device", "cuda")
+    expected = engine.base_bytes(found)
+    assert expected["cpu"] == 2 * expected["cuda"] > 0
+
+
+def test_a_containers_limit_bounds_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.engine.engine.CGROUP", tmp_path)
+    unbounded = Engine(builders.settings()).free_bytes("cpu")
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert Engine(builders.settings()).free_bytes("cpu") == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert Engine(builders.settings()).free_bytes("cpu") > unbounded / 2
 
 
 def load_base(engine: Engine, base: Path) -> None:

@@ -1,21 +1,20 @@
 """The lane draws exactly what the stock diffusers call draws."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from api.engine.adapters import load_adapter
 from api.engine.pipeline import SCHEDULERS, Drawing, draw
-from api.errors import BadPicture, Blocked, InvalidRequest, UnsupportedSize
-from api.schemas import MAX_SEED, GenerateRequest
+from api.errors import BadPicture, Blocked
+from api.schemas import GenerateRequest
 from tests import builders
 
 
@@ -126,39 +125,6 @@ def test_rescaled_guidance_survives_saving(tmp_path: Path) -> None:
     assert loaded.scheduler.config["_guidance_rescale"] == 0.7
 
 
-def with_steps_of(step: int) -> StableDiffusionPipeline:
-    blocks = int(math.log2(step)) + 1
-    return builders.pipeline(
-        vae={
-            **builders.VAE,
-            "block_out_channels": (4,) * blocks,
-            "down_block_types": ("DownEncoderBlock2D",) * blocks,
-            "up_block_types": ("UpDecoderBlock2D",) * blocks,
-        }
-    )
-
-
-@pytest.mark.parametrize(
-    ("step", "width", "height", "nearest"),
-    [
-        (8, 300, 256, "304 × 256"),
-        (8, 1023, 257, "1024 × 256"),
-        (16, 264, 1017, "256 × 1024"),
-        (64, 500, 700, "512 × 704"),
-    ],
-)
-def test_a_size_between_steps_is_refused_with_the_nearest(step: int, width: int, height: int, nearest: str) -> None:
-    with pytest.raises(UnsupportedSize, match=f"multiples of {step}, not {width} × {height}") as caught:
-        ours(with_steps_of(step), width=width, height=height)
-    assert caught.value.hint == f"The nearest size is {nearest}."
-
-
-def test_seeds_may_not_run_over(base: StableDiffusionPipeline) -> None:
-    with pytest.raises(InvalidRequest, match="seed is too large"):
-        ours(base, seed=MAX_SEED, num_images=2)
-    assert len(ours(base, seed=MAX_SEED, num_images=1)) == 1
-
-
 def test_latents_that_are_not_finite_are_no_picture(base: StableDiffusionPipeline) -> None:
     base.unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(BadPicture, match="latents are not finite"):
@@ -265,3 +231,10 @@ def test_the_safety_checker_of_the_model_has_the_last_word(
             ours(checked, num_images=2)
     else:
         assert difference(ours(checked, num_images=2), plain) == 0
+
+
+def test_steps_are_counted_as_the_scheduler_takes_them(base: StableDiffusionPipeline) -> None:
+    base.register_modules(scheduler=PNDMScheduler.from_config(builders.SCHEDULER, skip_prk_steps=True))
+    seen: list[tuple[int, int]] = []
+    draw(base, None, builders.request(num_inference_steps=3), 7, lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)], "PNDM takes one step more"

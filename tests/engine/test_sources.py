@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from api.engine.sources import count_values, find_base, is_downloaded
-from api.errors import ModelUnavailable
+from api.errors import ModelUnavailable, UnsupportedSize
 from tests import builders
 from tests.hub import COMMIT, Hub, ask
 
@@ -23,6 +23,42 @@ def test_the_values_of_a_folder_are_counted_without_loading_it(base_folder: Path
     pipeline = builders.pipeline()
     modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert count_values(base_folder) == sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("levels", "width", "height", "nearest"),
+    [
+        (1, 300, 256, "304 × 256"),
+        (4, 1023, 257, "1024 × 256"),
+        (5, 264, 1017, "256 × 1024"),
+        (7, 500, 700, "512 × 704"),
+    ],
+)
+def test_a_size_between_steps_is_refused_with_the_nearest(
+    tmp_path: Path, levels: int, width: int, height: int, nearest: str
+) -> None:
+    vae = {
+        **builders.VAE,
+        "block_out_channels": (4,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    pipeline = builders.pipeline(vae=vae)
+    pipeline.save_pretrained(tmp_path)
+    found = find_base(builders.source(tmp_path), builders.settings())
+    assert found.size_step == max(8, pipeline.vae_scale_factor)
+    with pytest.raises(UnsupportedSize, match=f"multiples of {found.size_step}, not {width} × {height}") as caught:
+        found.check_size(width, height)
+    assert caught.value.hint == f"The nearest size is {nearest}."
+    found.check_size(512, 1024)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"block_out_channels": 3}'])
+def test_an_autoencoder_of_unknown_size_is_refused(base_folder: Path, tmp_path: Path, content: bytes) -> None:
+    folder = builders.copy_of(base_folder, tmp_path / "odd")
+    (folder / "vae/config.json").write_bytes(content)
+    with pytest.raises(ModelUnavailable, match=r"odd/vae/config\.json cannot be read"):
+        find_base(builders.source(folder), builders.settings())
 
 
 HUB_SETTINGS = builders.settings(hub_timeout_seconds=5, hf_token="secret")

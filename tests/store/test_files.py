@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -131,3 +132,13 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path, 
         os.seteuid(user)
         folder.chmod(0o755)
     assert folder.is_file() or not any(folder.iterdir())
+
+
+def test_a_disk_without_hard_links_keeps_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    paths = PictureFolder(tmp_path).save_all("a", [b"one", b"two"], NOON)
+    assert [path.read_bytes() for path in paths] == [b"one", b"two"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
