@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from api.config import ModelSource
-from api.engine.sources import FoundBase
+from api.engine.sources import FoundBase, count_values
 from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown, UnsupportedSize
 from api.model_service import ModelService
 from tests import builders
@@ -321,11 +321,7 @@ def test_many_waiting_users_stay_within_the_budget(
     more = {
         user: builders.source(builders.save_pipeline(tmp_path / user, seed=seed)) for seed, user in enumerate(users, 10)
     }
-    alone = sum(
-        p.numel() * 4
-        for name in ("unet", "vae", "text_encoder")
-        for p in getattr(builders.pipeline(), name).parameters()
-    )
+    alone = 4 * count_values(base_folder)
     service = open_service(more, host_cache_gb=2.5 * alone / 1e9)
     held: list[int] = []
     draw_it = service.engine.draw

@@ -75,3 +75,9 @@ def test_every_field_of_the_wire_is_described_with_an_example() -> None:
     for name, field in GenerateRequest.model_fields.items():
         assert field.description, name
         assert field.examples, name
+
+
+def test_seeds_may_not_run_over() -> None:
+    GenerateRequest(prompt="x", seed=MAX_SEED - 3, num_images=4)
+    with pytest.raises(ValidationError, match="too large for that many pictures"):
+        GenerateRequest(prompt="x", seed=MAX_SEED - 2, num_images=4)
