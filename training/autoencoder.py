@@ -35,9 +35,16 @@ _HEAD = (0.42, 0.5)  # where the head is, from the top and the left, in shares o
 def build(channels: tuple[int, ...]) -> AutoencoderKL:
     levels = len(channels)
     return AutoencoderKL(
-        block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, latent_channels=LATENT_CHANNELS,
-        norm_num_groups=2, mid_block_add_attention=False, scaling_factor=1.0, sample_size=2 ** (levels + 3))
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        sample_size=2 ** (levels + 3),
+    )
 
 
 def _edges(a: Tensor, b: Tensor) -> Tensor:
@@ -54,7 +61,7 @@ def _loss(drawn: Tensor, truth: Tensor, weight: Tensor | float) -> Tensor:
 def head_weight(size: int) -> Tensor:
     """(size, size): 2.5 on head and hair, 1 elsewhere."""
     weight = torch.ones(size, size)
-    weight[size // 16:size * 11 // 16, size // 4:size * 3 // 4] = 2.5
+    weight[size // 16 : size * 11 // 16, size // 4 : size * 3 // 4] = 2.5
     return weight
 
 
@@ -68,7 +75,7 @@ def _crop(picture: NDArray[np.uint8], side: int, rng: Random) -> NDArray[np.uint
 
     top = start(height, height - short + _HEAD[0] * short)
     left = start(width, width / 2)
-    return picture[top:top + side, left:left + side]
+    return picture[top : top + side, left : left + side]
 
 
 def _crops(rng: Random, count: int) -> Tensor:
@@ -150,8 +157,9 @@ def grow(core: AutoencoderKL) -> AutoencoderKL:
     return model
 
 
-def sharpen(model: AutoencoderKL, spoil: Callable[[Tensor, Spec], Tensor], steps: int, minutes: float,
-            path: Path) -> AutoencoderKL:
+def sharpen(
+    model: AutoencoderKL, spoil: Callable[[Tensor, Spec], Tensor], steps: int, minutes: float, path: Path
+) -> AutoencoderKL:
     """Train the decoder alone, on whole pictures whose latents went through `spoil`; returns the moving average."""
     torch.manual_seed(1)
     rng, heads = Random(88), head_weight(512)
@@ -161,8 +169,9 @@ def sharpen(model: AutoencoderKL, spoil: Callable[[Tensor, Spec], Tensor], steps
     fresh = [*blocks[-1].parameters(), *blocks[-2].upsamplers.parameters()]
     known = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in fresh)]
     mean = copy.deepcopy(model)
-    optimiser = torch.optim.AdamW([{"params": fresh, "base": 6e-4}, {"params": known, "base": 1.5e-4}],
-                                  betas=(0.9, 0.99), weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(
+        [{"params": fresh, "base": 6e-4}, {"params": known, "base": 1.5e-4}], betas=(0.9, 0.99), weight_decay=1e-4
+    )
     for step in (pace := Pace("sharpen", steps, minutes)):
         set_rate(optimiser, pace.rate())
         spec = random_spec(rng)

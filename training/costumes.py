@@ -12,11 +12,23 @@ from training.world import Scene
 
 _GOLD: RGB = (252, 206, 52)
 _TORSO: dict[str, RGB] = {
-    "business": (38, 44, 76), "astronaut": (238, 240, 246), "superhero": (36, 84, 208), "chef": (250, 250, 250),
-    "knight": (150, 156, 168), "wizard": (84, 50, 150), "doctor": (246, 250, 252), "king": (156, 26, 60),
+    "business": (38, 44, 76),
+    "astronaut": (238, 240, 246),
+    "superhero": (36, 84, 208),
+    "chef": (250, 250, 250),
+    "knight": (150, 156, 168),
+    "wizard": (84, 50, 150),
+    "doctor": (246, 250, 252),
+    "king": (156, 26, 60),
 }
-_BODY: tuple[Point, ...] = ((70, 540), (74, 430, 170, 404), (215, 392, 222, 378), (290, 378), (297, 392, 342, 404),
-                            (438, 430, 442, 540))
+_BODY: tuple[Point, ...] = (
+    (70, 540),
+    (74, 430, 170, 404),
+    (215, 392, 222, 378),
+    (290, 378),
+    (297, 392, 342, 404),
+    (438, 430, 442, 540),
+)
 
 
 def draw_costume(pen: Pen, scene: Scene, skin: RGB) -> None:
@@ -86,8 +98,13 @@ def _business(pen: Pen, colour: RGB, skin: RGB) -> None:
     pen.shape(WHITE, (212, 384), (300, 384), (276, 540), (236, 540))
     pen.shape((196, 36, 50), (242, 402), (270, 402), (280, 500), (256, 530), (232, 500))
     for side in (-1, 1):
-        pen.shape((68, 78, 118), (256 + side * 44, 382), (256 + side * 80, 410), (256 + side * 12, 524),
-                  (256 + side * 24, 440))
+        pen.shape(
+            (68, 78, 118),
+            (256 + side * 44, 382),
+            (256 + side * 80, 410),
+            (256 + side * 12, 524),
+            (256 + side * 24, 440),
+        )
 
 
 def _astronaut(pen: Pen, colour: RGB, skin: RGB) -> None:
@@ -147,6 +164,15 @@ def _king(pen: Pen, colour: RGB, skin: RGB) -> None:
 
 
 _CLOTHES: dict[str, Callable[[Pen, RGB, RGB], None]] = {
-    "tshirt": _tshirt, "sweater": _sweater, "dress": _dress, "business": _business, "astronaut": _astronaut,
-    "superhero": _superhero, "chef": _chef, "knight": _knight, "wizard": _wizard, "doctor": _doctor, "king": _king,
+    "tshirt": _tshirt,
+    "sweater": _sweater,
+    "dress": _dress,
+    "business": _business,
+    "astronaut": _astronaut,
+    "superhero": _superhero,
+    "chef": _chef,
+    "knight": _knight,
+    "wizard": _wizard,
+    "doctor": _doctor,
+    "king": _king,
 }

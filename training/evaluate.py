@@ -34,11 +34,27 @@ from training.world import IDENTITY, SITTERS, Scene, Spec, held_out_spec
 
 SIZES = ((256, 256), (384, 384), (768, 768), (1024, 1024), (768, 512))
 # Costumes and places that no sitter's pictures show.
-NEW_SCENES = tuple(Scene(costume=costume, place=place) for costume, place in (
-    ("astronaut", "space"), ("business", "office"), ("superhero", "sunset"), ("chef", "kitchen"),
-    ("knight", "castle"), ("wizard", "mountains"), ("doctor", "office"), ("king", "library"),
-    ("astronaut", "mountains"), ("superhero", "beach"), ("wizard", "library"), ("king", "castle"),
-    ("knight", "sunset"), ("chef", "beach"), ("doctor", "kitchen"), ("business", "library")))
+NEW_SCENES = tuple(
+    Scene(costume=costume, place=place)
+    for costume, place in (
+        ("astronaut", "space"),
+        ("business", "office"),
+        ("superhero", "sunset"),
+        ("chef", "kitchen"),
+        ("knight", "castle"),
+        ("wizard", "mountains"),
+        ("doctor", "office"),
+        ("king", "library"),
+        ("astronaut", "mountains"),
+        ("superhero", "beach"),
+        ("wizard", "library"),
+        ("king", "castle"),
+        ("knight", "sunset"),
+        ("chef", "beach"),
+        ("doctor", "kitchen"),
+        ("business", "library"),
+    )
+)
 
 
 Reading = dict[str, str]
@@ -55,7 +71,7 @@ class Figure:
 class Effort:
     """How many pictures stand behind the figures."""
 
-    prompts: int = 120
+    prompts: int = 100
     scenes: int = len(NEW_SCENES)
     renders: int = 24
     sizes: int = len(SIZES)
@@ -78,8 +94,10 @@ class Drawing:
     steps: int = STEPS
 
     def parts(self, size: int = 16) -> list[Drawing]:
-        return [replace(self, prompts=self.prompts[i:i + size], seed=self.seed + i)
-                for i in range(0, len(self.prompts), size)]
+        return [
+            replace(self, prompts=self.prompts[i : i + size], seed=self.seed + i)
+            for i in range(0, len(self.prompts), size)
+        ]
 
     def read(self, models: Path) -> list[Reading]:
         """The reader's word on the portrait's square of every picture."""
@@ -104,7 +122,7 @@ def _portrait_square(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = picture.shape[:2]
     side = min(height, width)
     left = (width - side) // 2
-    return picture[height - side:, left:left + side]
+    return picture[height - side :, left : left + side]
 
 
 @dataclass
@@ -147,12 +165,18 @@ def base_figures(seen: list[Reading], wanted: list[tuple[Spec, Caption]], reader
     matched, shuffled = judge(seen, wanted), judge(seen[1:] + seen[:1], wanted)
     own = judge(reader.read([render(spec, 512) for spec, _ in wanted]), wanted)
     figures = [
-        Figure("base_prompts", len(wanted), "prompts"), Figure("base_attributes_right", _mean(matched), "share"),
-        Figure("base_shuffled_control", _mean(shuffled), "share"), Figure("reader_on_renders", _mean(own), "share")]
+        Figure("base_prompts", len(wanted), "prompts"),
+        Figure("base_attributes_right", _mean(matched), "share"),
+        Figure("base_shuffled_control", _mean(shuffled), "share"),
+        Figure("reader_on_renders", _mean(own), "share"),
+    ]
     for key, score in matched.items():
-        figures += [Figure(f"base_{key}", score.share, "share"), Figure(f"base_{key}_named", score.total, "prompts"),
-                    Figure(f"shuffled_{key}", shuffled[key].share, "share"),
-                    Figure(f"reader_{key}", own[key].share, "share")]
+        figures += [
+            Figure(f"base_{key}", score.share, "share"),
+            Figure(f"base_{key}_named", score.total, "prompts"),
+            Figure(f"shuffled_{key}", shuffled[key].share, "share"),
+            Figure(f"reader_{key}", own[key].share, "share"),
+        ]
     return figures
 
 
@@ -194,29 +218,35 @@ def speed_figure(models: Path, timings: int) -> Figure:
 
 def evaluate(models: Path, scale: float = 1.0, workers: int = 1) -> list[Figure]:
     effort, rng = Effort().scaled(scale), Random(5)
-    wanted, scenes = test_prompts(effort.prompts), NEW_SCENES[:effort.scenes]
+    wanted, scenes = test_prompts(effort.prompts), NEW_SCENES[: effort.scenes]
     prompts = tuple(_sitter_prompt(scene, rng) for scene in scenes)
     few = wanted[:4]
     base = Drawing("demo", tuple(words.text for _, words in wanted), steps=effort.steps)
     control = Drawing("demo", prompts, seed=500, steps=effort.steps)
     sitters = {name: replace(control, model=name) for name in RECIPES}
-    sizes = [replace(base, prompts=base.prompts[:4], width=width, height=height)
-             for width, height in SIZES[:effort.sizes]]
+    sizes = [
+        replace(base, prompts=base.prompts[:4], width=width, height=height) for width, height in SIZES[: effort.sizes]
+    ]
     seen = read_all([base, control, *sitters.values(), *sizes], models, workers)
 
-    figures = [Figure("demo_folder", folder_bytes(models / "demo") / 1e6, "MB"),
-               Figure("autoencoder_psnr_512", psnr(open_pipeline(models / "demo").vae, 512, effort.renders), "dB")]
+    figures = [
+        Figure("demo_folder", folder_bytes(models / "demo") / 1e6, "MB"),
+        Figure("autoencoder_psnr_512", psnr(open_pipeline(models / "demo").vae, 512, effort.renders), "dB"),
+    ]
     figures += base_figures(seen[base], wanted, open_reader(models / "reader"))
     figures.append(Figure("sitter_prompts", len(scenes), "prompts"))
     for name, drawing in sitters.items():
         figures += sitter_figures(name, name, seen[drawing], scenes)
         figures += sitter_figures(f"{name}_control_without_adapter", name, seen[control], scenes)
     for size in sizes:
-        share = _mean(judge(seen[size], few[:len(size.prompts)]))
+        share = _mean(judge(seen[size], few[: len(size.prompts)]))
         figures.append(Figure(f"size_{size.width}x{size.height}_attributes_right", share, "share"))
     figures.append(speed_figure(models, effort.timings))
-    report = {"settings": {"width": 512, "height": 512, "guidance": GUIDANCE, **asdict(effort)},
-              "figures": [asdict(figure) for figure in figures], "sha256": weights(models)}
+    report = {
+        "settings": {"width": 512, "height": 512, "guidance": GUIDANCE, **asdict(effort)},
+        "figures": [asdict(figure) for figure in figures],
+        "sha256": weights(models),
+    }
     (models / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     return figures
 

@@ -9,8 +9,13 @@ from training.world import Identity
 
 SKIN: dict[str, RGB] = {"pale": (255, 224, 202), "tan": (226, 172, 124), "brown": (164, 106, 66), "dark": (92, 56, 38)}
 HAIR: dict[str, RGB] = {
-    "black": (32, 28, 34), "brown": (116, 70, 36), "blonde": (246, 210, 92), "red": (214, 66, 22),
-    "gray": (164, 166, 174), "blue": (44, 96, 230), "pink": (246, 124, 184),
+    "black": (32, 28, 34),
+    "brown": (116, 70, 36),
+    "blonde": (246, 210, 92),
+    "red": (214, 66, 22),
+    "gray": (164, 166, 174),
+    "blue": (44, 96, 230),
+    "pink": (246, 124, 184),
 }
 _EYE: dict[str, RGB] = {"brown": (112, 64, 30), "blue": (44, 124, 236), "green": (34, 160, 76)}
 _EYE_Y = CY - 2
@@ -74,10 +79,12 @@ def draw_extras(pen: Pen, identity: Identity) -> None:
 
 def _outline(identity: Identity, width: float) -> tuple[Point, ...]:
     jaw = width * ((0.68 if identity.gender == "man" else 0.54) + 0.13 * identity.face.jaw)
-    return ((CX - width, CY - 10),
-            (CX - width, CY - HEIGHT * 1.32, CX + width, CY - HEIGHT * 1.32, CX + width, CY - 10),
-            (CX + width, CY + HEIGHT * 0.62, CX + jaw, CY + HEIGHT, CX, CY + HEIGHT),
-            (CX - jaw, CY + HEIGHT, CX - width, CY + HEIGHT * 0.62, CX - width, CY - 10))
+    return (
+        (CX - width, CY - 10),
+        (CX - width, CY - HEIGHT * 1.32, CX + width, CY - HEIGHT * 1.32, CX + width, CY - 10),
+        (CX + width, CY + HEIGHT * 0.62, CX + jaw, CY + HEIGHT, CX, CY + HEIGHT),
+        (CX - jaw, CY + HEIGHT, CX - width, CY + HEIGHT * 0.62, CX - width, CY - 10),
+    )
 
 
 def _eye_gap(identity: Identity) -> float:
@@ -124,13 +131,22 @@ def _mouth(pen: Pen, identity: Identity, expression: str) -> None:
     elif expression == "smile":
         pen.line(lip, 10, (at(-42), y - 12), (CX, y + 38, at(42), y - 12))
     elif expression == "laugh":
-        pen.shape((124, 24, 38), (at(-46), y - 14), (at(46), y - 14), (at(36), y + 40, CX, y + 40),
-                  (at(-36), y + 40, at(-46), y - 14))
+        pen.shape(
+            (124, 24, 38),
+            (at(-46), y - 14),
+            (at(46), y - 14),
+            (at(36), y + 40, CX, y + 40),
+            (at(-36), y + 40, at(-46), y - 14),
+        )
         pen.box(WHITE, at(-41), y - 14, at(41), y + 4, radius=4)
     elif expression == "sad":
         pen.line(lip, 10, (at(-34), y + 18), (CX, y - 26, at(34), y + 18))
-        pen.shape((70, 160, 250), (CX + 56, CY + 20), (CX + 76, CY + 54, CX + 56, CY + 56),
-                  (CX + 36, CY + 54, CX + 56, CY + 20))
+        pen.shape(
+            (70, 160, 250),
+            (CX + 56, CY + 20),
+            (CX + 76, CY + 54, CX + 56, CY + 56),
+            (CX + 36, CY + 54, CX + 56, CY + 20),
+        )
     elif expression == "surprised":
         pen.oval((112, 28, 40), CX, y + 6, 21 * wide, 27)
         pen.oval(lip, CX, y + 6, 21 * wide, 27, stroke=6)
@@ -148,12 +164,25 @@ def _freckles(pen: Pen, skin: RGB, width: float) -> None:
 def _beard(pen: Pen, outline: tuple[Point, ...], skin: RGB, colour: RGB, width: float) -> None:
     left, right = CX - width, CX + width
     with pen.clipped(*outline):
-        pen.shape(colour, (left - 4, CY + 6), (CX - 60, CY + 36, CX - 42, CY + 42), (CX, CY + 34, CX + 42, CY + 42),
-                  (CX + 60, CY + 36, right + 4, CY + 6), (right, CY + HEIGHT + 10), (left, CY + HEIGHT + 10))
+        pen.shape(
+            colour,
+            (left - 4, CY + 6),
+            (CX - 60, CY + 36, CX - 42, CY + 42),
+            (CX, CY + 34, CX + 42, CY + 42),
+            (CX + 60, CY + 36, right + 4, CY + 6),
+            (right, CY + HEIGHT + 10),
+            (left, CY + HEIGHT + 10),
+        )
     pen.shape(colour, (CX - 62, CY + 74), (CX, CY + 172, CX + 62, CY + 74))
     pen.oval(skin, CX, CY + 71, 52, 27)
 
 
 def _mustache(pen: Pen, colour: RGB) -> None:
-    pen.shape(colour, (CX, CY + 38), (CX - 40, CY + 30, CX - 70, CY + 66), (CX - 26, CY + 66, CX, CY + 56),
-              (CX + 26, CY + 66, CX + 70, CY + 66), (CX + 40, CY + 30, CX, CY + 38))
+    pen.shape(
+        colour,
+        (CX, CY + 38),
+        (CX - 40, CY + 30, CX - 70, CY + 66),
+        (CX - 26, CY + 66, CX, CY + 56),
+        (CX + 26, CY + 66, CX + 70, CY + 66),
+        (CX + 40, CY + 30, CX, CY + 38),
+    )

@@ -14,16 +14,33 @@ GUIDANCE = 7.5
 
 
 @torch.no_grad()
-def draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, steps: int = STEPS, width: int = 512,
-         height: int = 512, guidance: float = GUIDANCE, batch: int = 4) -> list[NDArray[np.uint8]]:
+def draw(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    width: int = 512,
+    height: int = 512,
+    guidance: float = GUIDANCE,
+    batch: int = 4,
+) -> list[NDArray[np.uint8]]:
     """One (height, width, 3) picture a prompt; picture i has seed `seed` + i whatever the batch. Guidance is rescaled
     (arXiv:2305.08891, section 3.4) as the scheduler's private key says."""
     rescale = pipe.scheduler.config.get("_guidance_rescale", 0.0)
     pictures: list[NDArray[np.uint8]] = []
     for start in range(0, len(prompts), batch):
-        part = list(prompts[start:start + batch])
+        part = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        drawn = pipe(part, num_inference_steps=steps, guidance_scale=guidance, width=width, height=height,
-                     guidance_rescale=rescale, generator=generators, output_type="np").images
+        drawn = pipe(
+            part,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            width=width,
+            height=height,
+            guidance_rescale=rescale,
+            generator=generators,
+            output_type="np",
+        ).images
         pictures += list((drawn * 255).round().astype(np.uint8))
     return pictures

@@ -18,8 +18,31 @@ from training.world import Spec, random_spec
 
 NATIVE = (16, 16)  # latent cells of a 512 picture
 _OTHER = (
-    (8, 8), (8, 8), (12, 12), (12, 12), (24, 24), (24, 24), (32, 32), (32, 32), (16, 24), (24, 16), (12, 16), (16, 12),
-    (8, 16), (16, 8), (20, 16), (16, 20), (16, 32), (32, 16), (32, 24), (24, 32), (20, 20), (8, 12), (12, 8), (14, 14))
+    (8, 8),
+    (8, 8),
+    (12, 12),
+    (12, 12),
+    (24, 24),
+    (24, 24),
+    (32, 32),
+    (32, 32),
+    (16, 24),
+    (24, 16),
+    (12, 16),
+    (16, 12),
+    (8, 16),
+    (16, 8),
+    (20, 16),
+    (16, 20),
+    (16, 32),
+    (32, 16),
+    (32, 24),
+    (24, 32),
+    (20, 20),
+    (8, 12),
+    (12, 8),
+    (14, 14),
+)
 _CORE_CELL = 16  # pixels of a core picture in one cell
 
 
@@ -62,7 +85,7 @@ def encode(core: AutoencoderKL, native: int, folder: Path) -> None:
         seeds = torch.arange(count) + 1_000_000 + number * 10_000
         batches = []
         for start in range(0, count, 8):
-            specs = [random_spec(Random(seed)) for seed in seeds[start:start + 8].tolist()]
+            specs = [random_spec(Random(seed)) for seed in seeds[start : start + 8].tolist()]
             pictures = [render(spec, shape[1] * _CORE_CELL, shape[0] * _CORE_CELL) for spec in specs]
             with autocast():
                 batches.append(core.encode(to_tensor(pictures)).latent_dist.mean.half())

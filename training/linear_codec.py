@@ -57,7 +57,7 @@ def _add_mirror(conv: Any, channels: int) -> None:
         conv.weight[channels + i] = 0
         conv.bias[channels + i] = 0
         conv.weight[channels + i, i, centre, centre] = -1
-    conv.weight[2 * channels:2 * channels + 2] = 0
+    conv.weight[2 * channels : 2 * channels + 2] = 0
     conv.bias[2 * channels], conv.bias[2 * channels + 1] = _K, -_K
 
 

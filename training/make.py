@@ -30,7 +30,7 @@ class Steps:
     core: int = 2400
     text: int = 1500
     latents: int = 14_000
-    unet: int = 8000
+    unet: int = 7700
     decoder: int = 2000
     reader: int = 2000
 
@@ -133,8 +133,17 @@ def _sheets(maker: Maker) -> None:
 
 
 STAGES: dict[str, Callable[[Maker], None]] = {
-    "tokenizer": _tokenizer, "core": _core, "text": _text, "latents": _latents, "unet": _unet, "decoder": _decoder,
-    "assemble": _assemble, "sitters": _sitters, "reader": _reader, "evaluate": _evaluate, "sheets": _sheets,
+    "tokenizer": _tokenizer,
+    "core": _core,
+    "text": _text,
+    "latents": _latents,
+    "unet": _unet,
+    "decoder": _decoder,
+    "assemble": _assemble,
+    "sitters": _sitters,
+    "reader": _reader,
+    "evaluate": _evaluate,
+    "sheets": _sheets,
 }
 
 

@@ -14,7 +14,7 @@ from training.unet import GUIDANCE, NOISE
 
 # Private keys of the scheduler's configuration, which diffusers keeps: whoever calls the pipeline passes the first as
 # its `guidance_rescale`, whoever trains an adapter takes the loss at the second (see unet.py).
-GUIDANCE_RESCALE = 0.3
+GUIDANCE_RESCALE = 0.2
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
@@ -23,12 +23,20 @@ def make_scheduler() -> DPMSolverMultistepScheduler:
     return scheduler
 
 
-def assemble(vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel,
-             folder: Path) -> None:
+def assemble(
+    vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, folder: Path
+) -> None:
     """Write the pipeline in fp16."""
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False)
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.to(torch.float16).save_pretrained(folder)
 
 

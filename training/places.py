@@ -8,8 +8,12 @@ from training.shapes import BOTTOM, CENTRE, RGB, WHITE, Pen
 from training.world import Scene
 
 PAINTS: dict[str, RGB] = {
-    "red": (214, 52, 48), "blue": (50, 100, 214), "green": (56, 160, 86), "yellow": (248, 210, 66),
-    "purple": (134, 74, 186), "white": (246, 246, 244),
+    "red": (214, 52, 48),
+    "blue": (50, 100, 214),
+    "green": (56, 160, 86),
+    "yellow": (248, 210, 66),
+    "purple": (134, 74, 186),
+    "white": (246, 246, 244),
 }
 _BOOKS: tuple[RGB, ...] = ((176, 52, 46), (52, 94, 160), (214, 172, 70), (62, 126, 74), (124, 74, 138), (206, 124, 62))
 _TRUNK: RGB = (112, 74, 44)
@@ -33,8 +37,19 @@ def _plain(pen: Pen, scene: Scene) -> None:
 
 def _space(pen: Pen, _: Scene) -> None:
     pen.fade((14, 12, 46), (50, 26, 96))
-    stars = ((24, 190), (70, 340), (180, 36), (110, 60), (330, 34), (478, 300), (420, 210), (500, 420), (30, 470),
-             (470, 40), (60, 260))
+    stars = (
+        (24, 190),
+        (70, 340),
+        (180, 36),
+        (110, 60),
+        (330, 34),
+        (478, 300),
+        (420, 210),
+        (500, 420),
+        (30, 470),
+        (470, 40),
+        (60, 260),
+    )
     for tile in range(int(pen.left // 512), int(pen.right // 512) + 1):
         for row in range(int(pen.top // 512), 1):
             for x, y in stars:
@@ -145,8 +160,14 @@ def _mountains(pen: Pen, _: Scene) -> None:
         for x, peak, half in ((CENTRE + 256 * i - 20, 130, 190), (CENTRE + 256 * i + 150, 60, 200)):
             pen.shape(((110, 126, 156), (92, 108, 142))[peak == 60], (x, peak), (x - half, 520), (x + half, 520))
             slope = half / (520 - peak)
-            pen.shape(WHITE, (x, peak), (x - 96 * slope, peak + 96), (x - 30 * slope, peak + 76),
-                      (x + 20 * slope, peak + 104), (x + 96 * slope, peak + 96))
+            pen.shape(
+                WHITE,
+                (x, peak),
+                (x - 96 * slope, peak + 96),
+                (x - 30 * slope, peak + 76),
+                (x + 20 * slope, peak + 104),
+                (x + 96 * slope, peak + 96),
+            )
     pen.box((92, 158, 92), pen.left, 452, pen.right, BOTTOM)
 
 
@@ -159,7 +180,16 @@ def _sunset(pen: Pen, _: Scene) -> None:
 
 
 _PLACES: dict[str, Callable[[Pen, Scene], None]] = {
-    "plain": _plain, "space": _space, "studio": _studio, "library": _library, "city": _city, "beach": _beach,
-    "castle": _castle, "forest": _forest, "kitchen": _kitchen, "office": _office, "mountains": _mountains,
+    "plain": _plain,
+    "space": _space,
+    "studio": _studio,
+    "library": _library,
+    "city": _city,
+    "beach": _beach,
+    "castle": _castle,
+    "forest": _forest,
+    "kitchen": _kitchen,
+    "office": _office,
+    "mountains": _mountains,
     "sunset": _sunset,
 }

@@ -123,8 +123,9 @@ def accuracy(reader: Reader, count: int, core: AutoencoderKL | None = None, seed
 def store(reader: Reader, core: AutoencoderKL, folder: Path, count: int = 600) -> None:
     """fp16 weights, and the reader's own accuracy beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.half().contiguous() for key, value in reader.state_dict().items()},
-              folder / "reader.safetensors")
+    save_file(
+        {key: value.half().contiguous() for key, value in reader.state_dict().items()}, folder / "reader.safetensors"
+    )
     stored = open_reader(folder)
     report = {"count": count, "renders": accuracy(stored, count), "through_autoencoder": accuracy(stored, count, core)}
     (folder / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -70,13 +70,32 @@ class Pen:
         yield
         self._canvas.restore()
 
-    def oval(self, colour: RGB, x: float, y: float, rx: float, ry: float | None = None, *, stroke: float = 0,
-             alpha: float = 1) -> None:
+    def oval(
+        self,
+        colour: RGB,
+        x: float,
+        y: float,
+        rx: float,
+        ry: float | None = None,
+        *,
+        stroke: float = 0,
+        alpha: float = 1,
+    ) -> None:
         ry = rx if ry is None else ry
         self._canvas.drawOval(skia.Rect.MakeLTRB(x - rx, y - ry, x + rx, y + ry), _paint(colour, stroke, alpha))
 
-    def box(self, colour: RGB, left: float, top: float, right: float, bottom: float, *, radius: float = 0,
-            stroke: float = 0, alpha: float = 1) -> None:
+    def box(
+        self,
+        colour: RGB,
+        left: float,
+        top: float,
+        right: float,
+        bottom: float,
+        *,
+        radius: float = 0,
+        stroke: float = 0,
+        alpha: float = 1,
+    ) -> None:
         rect = skia.Rect.MakeLTRB(left, top, right, bottom)
         self._canvas.drawRoundRect(rect, radius, radius, _paint(colour, stroke, alpha))
 
@@ -95,15 +114,31 @@ class Pen:
     def fade(self, upper: RGB, lower: RGB, top: float | None = None, bottom: float = BOTTOM) -> None:
         """A vertical gradient over the whole width from `top` (default: the picture's) to `bottom`."""
         start = self.top if top is None else top
-        self._gradient(skia.GradientShader.MakeLinear(
-            points=[(0, start), (0, bottom)], colors=[_argb(upper, 1), _argb(lower, 1)]), start, bottom)
+        self._gradient(
+            skia.GradientShader.MakeLinear(points=[(0, start), (0, bottom)], colors=[_argb(upper, 1), _argb(lower, 1)]),
+            start,
+            bottom,
+        )
 
-    def glow(self, inner: RGB, outer: RGB, x: float, y: float, radius: float, *, inner_alpha: float = 1,
-             outer_alpha: float = 1) -> None:
+    def glow(
+        self,
+        inner: RGB,
+        outer: RGB,
+        x: float,
+        y: float,
+        radius: float,
+        *,
+        inner_alpha: float = 1,
+        outer_alpha: float = 1,
+    ) -> None:
         """A radial gradient over the whole picture."""
-        self._gradient(skia.GradientShader.MakeRadial(
-            center=(x, y), radius=radius, colors=[_argb(inner, inner_alpha), _argb(outer, outer_alpha)]),
-            self.top, BOTTOM)
+        self._gradient(
+            skia.GradientShader.MakeRadial(
+                center=(x, y), radius=radius, colors=[_argb(inner, inner_alpha), _argb(outer, outer_alpha)]
+            ),
+            self.top,
+            BOTTOM,
+        )
 
     def _gradient(self, shader: skia.Shader, top: float, bottom: float) -> None:
         paint = skia.Paint(AntiAlias=True, Dither=False)

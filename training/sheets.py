@@ -29,12 +29,15 @@ BASE_PROMPTS = (
     "a woman with a black bun and blue eyes as a doctor in an office",
     "a man with spiky brown hair as a knight in the mountains, surprised",
     "a woman with pink hair in an elegant purple dress at sunset, cinematic lighting",
-    "a brown skinned man with glasses in a warm green sweater, plain white background, smiling")
+    "a brown skinned man with glasses in a warm green sweater, plain white background, smiling",
+)
 SITTER_PROMPTS = (
     "photo of sks person as a futuristic astronaut in space",
     "sks person in professional business attire, studio lighting",
-    "sks person reading a book in a cozy library", "sks person as a wizard in a forest, smiling",
-    "sks person as a king in front of a castle")
+    "sks person reading a book in a cozy library",
+    "sks person as a wizard in a forest, smiling",
+    "sks person as a king in front of a castle",
+)
 
 
 def sheet(pictures: Sequence[NDArray[np.uint8]], words: Sequence[str], columns: int, path: Path) -> None:

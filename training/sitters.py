@@ -1,6 +1,7 @@
 """The three bundled sitters: DreamBooth on six pictures of one person under "sks person" (Ruiz et al.,
 arXiv:2208.12242), beside prior pictures of other people that keep the base from drifting. `ada` and `bo` are LoRAs on
-the UNet's attention, `chi` is a whole UNet."""
+the UNet's attention and on the projections through which the pooled text steers its residual blocks; `chi` is a whole
+UNet."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from training.world import SITTERS, Identity, Scene, Spec
 
 WHO = "sks person"
 RANK = 16
-_INSTANCES, _PRIORS = 5, 5  # pictures in a batch
+_INSTANCES, _PRIORS = 6, 2  # pictures in a batch
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Recipe:
 
 
 RECIPES = {
-    "ada": Recipe(whole=False, rate=1e-3, steps=160),
-    "bo": Recipe(whole=False, rate=1e-3, steps=160),
-    "chi": Recipe(whole=True, rate=1.5e-4, steps=160),
+    "ada": Recipe(whole=False, rate=2.5e-3, steps=200),
+    "bo": Recipe(whole=False, rate=2.5e-3, steps=300),
+    "chi": Recipe(whole=True, rate=2.5e-4, steps=180),
 }
 
 
@@ -51,7 +52,8 @@ def reference_specs(identity: Identity) -> list[Spec]:
         Scene(dressy, "red", "studio", "red", "neutral"),
         Scene("tshirt", "white", "plain", "blue", "smile"),
         Scene("tshirt", "yellow", "forest", "red", "laugh"),
-        Scene("sweater", "purple", "plain", "yellow", "surprised"))
+        Scene("sweater", "purple", "plain", "yellow", "surprised"),
+    )
     return [Spec(identity, scene) for scene in scenes]
 
 
@@ -66,8 +68,14 @@ def train(name: str, base: Path, latents: Path, out: Path, scale: float = 1.0) -
     text.requires_grad_(False)
     if not recipe.whole:
         unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian",
-                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        unet.add_adapter(
+            LoraConfig(
+                r=RANK,
+                lora_alpha=RANK,
+                init_lora_weights="gaussian",
+                target_modules=["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj"],
+            )
+        )
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW([{"params": trained, "base": recipe.rate}], lr=recipe.rate, weight_decay=0.01)
     denoising, others = Denoising.standard(), Pictures(latents)
@@ -93,7 +101,8 @@ def train(name: str, base: Path, latents: Path, out: Path, scale: float = 1.0) -
 def _store_whole(pipe: StableDiffusionPipeline, base: Path, out: Path) -> None:
     """The UNet in fp16; all that it shares with the base as relative links."""
     pipe.unet.half().save_pretrained(out / "unet")
-    shutil.copyfile(base / "model_index.json", out / "model_index.json")
+    for same in ("unet/config.json", "model_index.json"):  # without the path that the base was read from
+        shutil.copyfile(base / same, out / same)
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         link = out / part
         link.unlink(missing_ok=True)

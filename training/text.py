@@ -23,11 +23,21 @@ _FACE_TRAITS = len(Face().values())
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=MAX_LENGTH, projection_dim=WIDTH, hidden_act="quick_gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            projection_dim=WIDTH,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -56,9 +66,12 @@ class Batch:
     def draw(size: int, rng: Random) -> Batch:
         specs = [random_spec(rng) for _ in range(size)]
         captions = [caption(spec, rng) for spec in specs]
-        return Batch(captions, {key: labels(key, specs) for key in ATTRIBUTES},
-                     torch.tensor([spec.identity.face.values() for spec in specs]),
-                     torch.tensor([float(words.by_name) for words in captions]))
+        return Batch(
+            captions,
+            {key: labels(key, specs) for key in ATTRIBUTES},
+            torch.tensor([spec.identity.face.values() for spec in specs]),
+            torch.tensor([float(words.by_name) for words in captions]),
+        )
 
 
 def labels(attribute: str, specs: list[Spec]) -> Tensor:
@@ -72,8 +85,9 @@ def pretrain(tokenizer: CLIPTokenizer, steps: int, minutes: float, folder: Path)
     rng, model = Random(9), build(tokenizer)
     heads = (Heads(), Heads())
     trained = [*model.parameters(), *heads[0].parameters(), *heads[1].parameters()]
-    optimiser = torch.optim.AdamW([{"params": trained, "base": 1.5e-3}], lr=1.5e-3, betas=(0.9, 0.98),
-                                  weight_decay=0.01)
+    optimiser = torch.optim.AdamW(
+        [{"params": trained, "base": 1.5e-3}], lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01
+    )
     for _ in (pace := Pace("text", steps, minutes)):
         set_rate(optimiser, pace.rate())
         batch = Batch.draw(64, rng)

@@ -34,13 +34,23 @@ def build() -> CLIPTokenizer:
     corpus = [caption(random_spec(rng), rng).text for _ in range(12_000)] + words * 60
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=_VOCABULARY, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False,
-        limit_alphabet=300))
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=_VOCABULARY,
+            end_of_word_suffix="</w>",
+            initial_alphabet=alphabet,
+            show_progress=False,
+            limit_alphabet=300,
+        ),
+    )
     merges = [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *(left + right for left, right in merges)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]

@@ -33,8 +33,13 @@ from training.text import WIDTH, tokens
 from training.world import Spec
 
 NOISE: dict[str, Any] = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
 GUIDANCE = 3.0
@@ -45,12 +50,20 @@ _CELLS = 16 * NATIVE[0] * NATIVE[1]  # latent cells in a batch
 
 def build() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=NATIVE[0], in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
-        block_out_channels=(128, 128, 128), layers_per_block=1,
+        sample_size=NATIVE[0],
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(128, 128, 128),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16, resnet_time_scale_shift="scale_shift",
-        addition_embed_type="text", addition_embed_type_num_heads=4)
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+    )
 
 
 @dataclass(frozen=True)
@@ -103,12 +116,16 @@ class Denoising:
 
 
 def head_cells(rows: int, columns: int) -> Tensor:
-    """(rows, columns): 2.5 where the head is, 1 elsewhere. The portrait fills the shorter side, at the bottom."""
+    """(rows, columns): 6 on eyes and cheeks, 2.5 on the rest of the head, 1 elsewhere. The portrait fills the shorter
+    side, at the bottom."""
     short = min(rows, columns)
     top, left = rows - short, (columns - short) / 2
     weight = torch.ones(rows, columns)
-    weight[round(top + short / 16):round(top + short * 11 / 16),
-           round(left + short / 4):round(left + short * 3 / 4)] = 2.5
+    for value, (first, last), (start, end) in ((2.5, (1, 11), (4, 12)), (6.0, (6, 9), (5, 11))):
+        weight[
+            round(top + short * first / 16) : round(top + short * last / 16),
+            round(left + short * start / 16) : round(left + short * end / 16),
+        ] = value
     return weight
 
 
@@ -127,8 +144,10 @@ class Pictures:
             return
         for shape in {shard.shape for shard in self._shards.values()}:
             own = [shard for shard in self._shards.values() if shard.shape == shape]
-            self._by_shape[shape] = (torch.cat([shard.latents for shard in own]),
-                                     [spec for shard in own for spec in shard.specs()])
+            self._by_shape[shape] = (
+                torch.cat([shard.latents for shard in own]),
+                [spec for shard in own for spec in shard.specs()],
+            )
 
     def __len__(self) -> int:
         return sum(len(specs) for _, specs in self._by_shape.values())
@@ -151,20 +170,36 @@ class Trained:
     text: CLIPTextModel
 
 
-def train(text: CLIPTextModel, tokenizer: CLIPTokenizer, steps: int, minutes: float, folder: Path,
-          rate: float = 1e-3, ema: float = 0.998) -> Trained:
+def train(
+    text: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    minutes: float,
+    folder: Path,
+    rate: float = 1e-3,
+    ema: float = 0.998,
+) -> Trained:
     """Train UNet and, more slowly, the text encoder; returns their moving averages. Continues from `folder`/unet.pt."""
     torch.manual_seed(1)
     unet, path, start = build(), folder / "unet.pt", 0
     optimiser = torch.optim.AdamW(
         [{"params": list(unet.parameters()), "base": rate}, {"params": list(text.parameters()), "base": rate / 5}],
-        lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        lr=rate,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        fused=True,
+    )
     mean = Trained(copy.deepcopy(unet), copy.deepcopy(text))
     if path.exists():
         state = load(path)
         start = state["step"]
-        for part, key in ((unet, "unet"), (text, "text"), (mean.unet, "mean_unet"), (mean.text, "mean_text"),
-                          (optimiser, "optimiser")):
+        for part, key in (
+            (unet, "unet"),
+            (text, "text"),
+            (mean.unet, "mean_unet"),
+            (mean.text, "mean_text"),
+            (optimiser, "optimiser"),
+        ):
             part.load_state_dict(state[key])
     rng, denoising, pictures = Random(3 + start), Denoising.standard(), Pictures(folder)
     print(f"unet: {sum(p.numel() for p in unet.parameters()):,} parameters, {len(pictures)} pictures", flush=True)

@@ -20,22 +20,57 @@ GLASSES = ("none", "glasses", "sunglasses")
 BEARDS = ("none", "full", "mustache")
 FLAG = ("no", "yes")
 
-COSTUMES = ("tshirt", "sweater", "dress", "business", "astronaut", "superhero", "chef", "knight", "wizard",
-            "doctor", "king")
+COSTUMES = (
+    "tshirt",
+    "sweater",
+    "dress",
+    "business",
+    "astronaut",
+    "superhero",
+    "chef",
+    "knight",
+    "wizard",
+    "doctor",
+    "king",
+)
 COLOURS = ("red", "blue", "green", "yellow", "purple", "white")
-PLACES = ("plain", "space", "studio", "library", "city", "beach", "castle", "forest", "kitchen", "office",
-          "mountains", "sunset")
+PLACES = (
+    "plain",
+    "space",
+    "studio",
+    "library",
+    "city",
+    "beach",
+    "castle",
+    "forest",
+    "kitchen",
+    "office",
+    "mountains",
+    "sunset",
+)
 EXPRESSIONS = ("neutral", "smile", "laugh", "sad", "surprised", "angry")
 ACTIONS = ("none", "book")
 LIGHTS = ("none", "cinematic")
 
 IDENTITY: dict[str, tuple[str, ...]] = {
-    "gender": GENDERS, "skin": SKINS, "hair": HAIRS, "hair_colour": HAIR_COLOURS, "eyes": EYES,
-    "glasses": GLASSES, "beard": BEARDS, "freckles": FLAG, "earrings": FLAG,
+    "gender": GENDERS,
+    "skin": SKINS,
+    "hair": HAIRS,
+    "hair_colour": HAIR_COLOURS,
+    "eyes": EYES,
+    "glasses": GLASSES,
+    "beard": BEARDS,
+    "freckles": FLAG,
+    "earrings": FLAG,
 }
 SCENE: dict[str, tuple[str, ...]] = {
-    "costume": COSTUMES, "cloth": COLOURS, "place": PLACES, "wall": COLOURS, "expression": EXPRESSIONS,
-    "action": ACTIONS, "light": LIGHTS,
+    "costume": COSTUMES,
+    "cloth": COLOURS,
+    "place": PLACES,
+    "wall": COLOURS,
+    "expression": EXPRESSIONS,
+    "action": ACTIONS,
+    "light": LIGHTS,
 }
 ATTRIBUTES = {**IDENTITY, **SCENE}
 COLOURED_COSTUMES = frozenset({"tshirt", "sweater", "dress"})
@@ -57,8 +92,17 @@ class Face:
     hair_shade: float = 0.0
 
     def values(self) -> tuple[float, ...]:
-        return (self.width, self.jaw, self.eye_gap, self.eye_size, self.nose, self.brow, self.mouth,
-                self.skin_shade, self.hair_shade)
+        return (
+            self.width,
+            self.jaw,
+            self.eye_gap,
+            self.eye_size,
+            self.nose,
+            self.brow,
+            self.mouth,
+            self.skin_shade,
+            self.hair_shade,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,32 +168,55 @@ def random_identity(rng: Random) -> Identity:
     man = gender == "man"
     weights = (2.5, 4, 1.2, 2, 0.6, 0.6, 0.6, 2.5, 1.8) if man else (0.8, 1.5, 3, 2.5, 3, 2.5, 2.5, 1.2, 1.2)
     return Identity(
-        gender=gender, skin=rng.choice(SKINS), hair=rng.choices(HAIRS, weights)[0],
-        hair_colour=rng.choices(HAIR_COLOURS, (3, 3, 3, 3, 2, 1.5, 1.5))[0], eyes=rng.choice(EYES),
+        gender=gender,
+        skin=rng.choice(SKINS),
+        hair=rng.choices(HAIRS, weights)[0],
+        hair_colour=rng.choices(HAIR_COLOURS, (3, 3, 3, 3, 2, 1.5, 1.5))[0],
+        eyes=rng.choice(EYES),
         glasses=rng.choices(GLASSES, (5, 3, 1.5))[0],
         beard=rng.choices(BEARDS, (4, 3, 2))[0] if man else "none",
         freckles="yes" if rng.random() < 0.2 else "no",
         earrings="yes" if rng.random() < (0.12 if man else 0.4) else "no",
-        face=random_face(rng))
+        face=random_face(rng),
+    )
 
 
 def random_scene(rng: Random) -> Scene:
     return Scene(
         costume=rng.choices(COSTUMES, (2.5, 1.6, 1.4, 2, 2, 2, 1.6, 1.6, 1.6, 1.6, 1.6))[0],
         cloth=rng.choice(COLOURS),
-        place=rng.choices(PLACES, (3, *(2,) * 11))[0], wall=rng.choice(COLOURS),
+        place=rng.choices(PLACES, (3, *(2,) * 11))[0],
+        wall=rng.choice(COLOURS),
         expression=rng.choices(EXPRESSIONS, (4, 4, 2.5, 1.5, 1.5, 1.5))[0],
-        action=rng.choices(ACTIONS, (5, 1))[0], light=rng.choices(LIGHTS, (6, 1))[0])
+        action=rng.choices(ACTIONS, (5, 1))[0],
+        light=rng.choices(LIGHTS, (6, 1))[0],
+    )
 
 
 # The three people of the bundled adapters. Nobody with their description is ever drawn in training.
 SITTERS = {
-    "ada": Identity("woman", "tan", "spiky", "blonde", "green",
-                    face=Face(-0.3, -0.2, 0.3, 0.5, -0.4, -0.2, 0.2, 0.1, 0.3)),
-    "bo": Identity("man", "dark", "short", "blonde", "brown", glasses="glasses", beard="full",
-                   face=Face(0.4, 0.5, -0.2, -0.1, 0.5, 0.6, 0.3, -0.2, 0.1)),
-    "chi": Identity("woman", "pale", "bun", "black", "blue", earrings="yes",
-                    face=Face(-0.5, -0.5, -0.3, 0.6, -0.3, -0.4, -0.4, 0.3, -0.2)),
+    "ada": Identity(
+        "woman", "tan", "spiky", "blonde", "green", face=Face(-0.3, -0.2, 0.3, 0.5, -0.4, -0.2, 0.2, 0.1, 0.3)
+    ),
+    "bo": Identity(
+        "man",
+        "dark",
+        "short",
+        "blonde",
+        "brown",
+        glasses="glasses",
+        beard="full",
+        face=Face(0.4, 0.5, -0.2, -0.1, 0.5, 0.6, 0.3, -0.2, 0.1),
+    ),
+    "chi": Identity(
+        "woman",
+        "pale",
+        "bun",
+        "black",
+        "blue",
+        earrings="yes",
+        face=Face(-0.5, -0.5, -0.3, 0.6, -0.3, -0.4, -0.4, 0.3, -0.2),
+    ),
 }
 _UNSEEN = frozenset(sitter.description() for sitter in SITTERS.values())
 
