@@ -61,17 +61,14 @@ class Shard:
         return [random_spec(Random(seed)) for seed in self.seeds.tolist()]
 
 
-def plan(native: int, share_of_other: float = 0.35) -> Iterator[tuple[tuple[int, int], int]]:
-    """(shape, pictures) of each shard: two native ones, then one of another shape, until `native` pictures
-    are planned."""
+def plan(native: int) -> Iterator[tuple[tuple[int, int], int]]:
+    """(shape, pictures) of each shard: two native ones, then one of another shape, up to `native` native pictures."""
     shards, other = max(1, native // 250), 0
     for i in range(shards):
         yield NATIVE, min(native, 250)
         if i % 2 == 1 or shards == 1:
-            shape = _OTHER[other % len(_OTHER)]
+            yield _OTHER[other % len(_OTHER)], min(native, 200)
             other += 1
-            area = shape[0] * shape[1] / (NATIVE[0] * NATIVE[1])
-            yield shape, max(4, int(250 * share_of_other / max(0.5, area)))
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ class Pictures:
 
     def batch(self, rng: Random) -> tuple[Tensor, list[Spec]]:
         others = [shape for shape in self._by_shape if shape != NATIVE]
-        shape = NATIVE if not others or rng.random() < 0.85 else rng.choice(others)
+        shape = NATIVE if not others or rng.random() < 0.7 else rng.choice(others)
         size = min(24, max(4, _CELLS // (shape[0] * shape[1])))
         return self.sample(rng, size, shape)
 
