@@ -1,21 +1,26 @@
 """`python -m bench [name …]`: prints one line a figure, and writes docs/benchmarks.md when it ran them all."""
 
+import logging
 import sys
 
+import structlog
+
 from api.config import ROOT
-from bench import attention, drawing, loading, start
+from bench import attention, drawing, loading, model, start
 from bench.figures import Figure, page
 
 BENCHES = {
     "start": ("Starting", start.figures),
     "loading": ("Loading models", loading.figures),
     "drawing": ("Drawing", drawing.figures),
+    "model": ("The bundled model", model.figures),
     "attention": ("Attention on a CPU", attention.figures),
 }
 
 
 def main(names: list[str]) -> None:
     """Runs the benches of these names, or all."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     sections: dict[str, list[Figure]] = {}
     for name in names or BENCHES:
         title, figures = BENCHES[name]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from diffusers import StableDiffusionPipeline
 
-from api.config import ROOT, Settings
+from api.config import ROOT, load_settings
 from api.model_service import ModelService
 from api.schemas import GenerateRequest
 from bench.figures import Figure, at_most, paired
@@ -20,7 +20,7 @@ ROUNDS = 4
 def figures() -> Iterator[Figure]:
     """Seconds an image at the API's defaults, against the bare pipeline; bfloat16 against float32; 25 steps."""
     request = GenerateRequest(prompt=PROMPT, seed=1)
-    full, half = (ModelService(Settings(dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    full, half = (ModelService(load_settings(dtype=dtype)) for dtype in ("float32", "bfloat16"))
     bare = StableDiffusionPipeline.from_pretrained(DEMO, dtype=torch.float32)
     bare.to(full.engine.device)
     bare.set_progress_bar_config(disable=True)

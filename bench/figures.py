@@ -31,6 +31,11 @@ def at_most(name: str, value: float, unit: str, limit: float) -> Figure:
     return Figure(name, value, unit, f"≤ {limit:g}", value <= limit)
 
 
+def at_least(name: str, value: float, unit: str, limit: float) -> Figure:
+    """Returns a figure whose bar is a lower limit."""
+    return Figure(name, value, unit, f"≥ {limit:g}", value >= limit)
+
+
 def seconds(action: Callable[[], object]) -> float:
     """Returns how long `action` takes."""
     began = time.perf_counter()

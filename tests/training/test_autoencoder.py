@@ -1,7 +1,10 @@
 from random import Random
 
+import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("skia", reason="the renderer needs the system's libGL and libEGL", exc_type=ImportError)
 
 from training.autoencoder import CORE_CHANNELS, build, grow, psnr
 from training.common import to_pictures, to_tensor

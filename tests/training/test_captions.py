@@ -2,6 +2,8 @@ from random import Random
 
 import pytest
 
+pytest.importorskip("skia", reason="the renderer needs the system's libGL and libEGL", exc_type=ImportError)
+
 from training.captions import caption
 from training.tokenizer import MAX_LENGTH, build
 from training.world import ATTRIBUTES, SITTERS, Scene, Spec, named_people, random_spec

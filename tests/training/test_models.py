@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("skia", reason="the renderer needs the system's libGL and libEGL", exc_type=ImportError)
+
 from training.evaluate import folder_bytes, weights
 from training.generate import draw
 from training.pipeline import GUIDANCE_RESCALE, open_pipeline

@@ -3,6 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+pytest.importorskip("skia", reason="the renderer needs the system's libGL and libEGL", exc_type=ImportError)
+
 from training.portrait import render
 from training.world import COSTUMES, EXPRESSIONS, HAIRS, PLACES, SITTERS, Face, Scene, Spec
 

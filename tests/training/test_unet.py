@@ -1,7 +1,10 @@
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+pytest.importorskip("skia", reason="the renderer needs the system's libGL and libEGL", exc_type=ImportError)
 
 from training.common import Pace, load, save
 from training.latents import plan

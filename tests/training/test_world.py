@@ -1,5 +1,9 @@
 from random import Random
 
+import pytest
+
+pytest.importorskip("skia", reason="the renderer needs the system's libGL and libEGL", exc_type=ImportError)
+
 from training.world import (
     ATTRIBUTES,
     SITTERS,
