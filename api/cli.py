@@ -5,7 +5,7 @@ import platform
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, cast
@@ -83,10 +83,9 @@ def serve(
         address = f"{settings.host}:{settings.port}"
         to_people.print(f"{address} is not free: choose another address with HOST or PORT, or end what has it.")
         raise
-    try:
+    with suppress(KeyboardInterrupt):  # which uvicorn raises once it has stopped, unless that is ignored
         _Announcing(config).run([listening])
-    except KeyboardInterrupt:
-        to_people.print("Stopped.")
+    to_people.print("Stopped.")
 
 
 @app.command()
