@@ -179,7 +179,7 @@ def _try_models(settings: Settings, service: ModelService) -> int:
     for user, source in settings.user_models.items():
         began = time.perf_counter()
         if source.hub_id and not service.engine.is_downloaded(source):
-            console.print(f"  [yellow]later[/]  {user}: {source.model_id} is downloaded from the hub at its first use")
+            console.print(f"  [yellow]later[/]  {user}: {source.base} is downloaded from the hub at its first use")
             continue
         try:
             with service.lease(source):

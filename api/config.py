@@ -83,9 +83,12 @@ class ModelSource(BaseModel):
 
     @property
     def hub_id(self) -> tuple[str, str | None] | None:
-        """`(repository, revision)` when the base is not on this disk but looks like a hub id."""
+        """`(repository, revision)` when the base is not on this disk but looks like a hub id.
+
+        A path into a folder of the checkout is none: `models/demmo` is a slip of the pen, not somebody's repository.
+        """
         name, _, revision = self.base.partition("@")
-        if locate(self.base).exists() or not HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
+        if locate(name.split("/")[0]).is_dir() or not HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
             return None
         return name, revision or None
 

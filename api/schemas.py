@@ -179,4 +179,4 @@ class ErrorResponse(BaseModel):
 
     error: str = Field(description="Stable code, for programs.", examples=["model_unavailable"])
     detail: str = Field(description="What happened.", examples=["models/ada is not there"])
-    hint: str = Field(description="What to do about it.", examples=["Check USER_MODELS in api/config.py."])
+    hint: str = Field(description="What to do about it.", examples=["Check its entry in USER_MODELS."])

@@ -218,6 +218,13 @@ def test_hub_ids_are_told_from_paths(base: str, expected: tuple[str, str | None]
     assert ModelSource(base=base).hub_id == expected
 
 
+def test_a_slip_in_a_path_of_the_checkout_is_no_hub_id(tmp_path: Path) -> None:
+    source = ModelSource(base="models/demmo")
+    assert source.hub_id == ("models/demmo", None)
+    (tmp_path / "models").mkdir()
+    assert source.hub_id is None
+
+
 def test_a_folder_that_is_there_is_no_hub_id(tmp_path: Path) -> None:
     source = ModelSource(base="models/mine")
     assert source.hub_id == ("models/mine", None)

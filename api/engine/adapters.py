@@ -19,10 +19,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
+from api.engine.sources import LORA_FILES
 from api.engine.weights import SAFETENSORS_HINT, is_out_of_memory, read_header
 from api.errors import ModelUnavailable, SitterError
 
-WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 COMPONENTS = ("unet", "text_encoder")
 
@@ -90,15 +90,15 @@ def find_adapter_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    for name in WEIGHT_NAMES:
+    for name in LORA_FILES:
         if (path / name).is_file():
             return path / name
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
     if not path.exists():
-        raise ModelUnavailable(f"the adapter {path.name} is not there", "Check USER_MODELS in api/config.py.")
-    raise ModelUnavailable(f"{path.name} has no {WEIGHT_NAMES[0]}", SAFETENSORS_HINT)
+        raise ModelUnavailable(f"the adapter {path.name} is not there", "Check its entry in USER_MODELS.")
+    raise ModelUnavailable(f"{path.name} has no {LORA_FILES[0]}", SAFETENSORS_HINT)
 
 
 def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:

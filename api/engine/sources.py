@@ -22,6 +22,7 @@ from api.config import ModelSource, Settings, locate
 from api.engine.weights import SAFETENSORS_HINT, read_header
 from api.errors import ModelUnavailable, UnsupportedSize
 
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 TENSOR_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker")
 TRUSTED_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -64,12 +65,19 @@ def find_base(source: ModelSource, settings: Settings) -> FoundBase:
         return FoundBase(source.base, path, size_step=_size_step(path))
     path = locate(source.base)
     if not path.exists():
-        raise ModelUnavailable(f"{source.base} is not there", "Check USER_MODELS in api/config.py.")
+        raise ModelUnavailable(f"{source.base} is not there", "Check its entry in USER_MODELS.")
     if path.is_dir():
+        _refuse_lora(source, path)
         return FoundBase(source.base, path, size_step=_size_step(path))
     read_header(path)  # before a configuration is fetched for what is no checkpoint
     config = _find_config(source, settings)
     return FoundBase(source.base, path, config, _size_step(config))
+
+
+def _refuse_lora(source: ModelSource, folder: Path) -> None:
+    if not (folder / "model_index.json").exists() and any((folder / name).is_file() for name in LORA_FILES):
+        hint = f'Name the base that it is for: {{"base": "models/demo", "lora": "{source.base}"}}.'
+        raise ModelUnavailable(f"{source.base} is a LoRA, not a whole model", hint)
 
 
 def _size_step(folder: Path) -> int:

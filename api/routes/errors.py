@@ -51,11 +51,14 @@ async def _ours(_: Request, error: Exception) -> JSONResponse:
 async def _schema(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return error_answer(InvalidRequest("the body is not JSON", 'Send {"prompt": "…"} as application/json.'))
+    if first["type"] == "json_invalid" or first["loc"] == ("body",):
+        return error_answer(
+            InvalidRequest("the body is not a JSON object", 'Send {"prompt": "…"} as application/json.')
+        )
     # The input itself is not repeated: it may be a prompt, or not even text.
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = first["msg"].removeprefix("Value error, ")
+    message = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+    message = message.removeprefix("Value error, ")
     return error_answer(InvalidRequest(f"{place}: {message}" if place else message))
 
 

@@ -61,6 +61,14 @@ def test_an_autoencoder_of_unknown_size_is_refused(base_folder: Path, tmp_path: 
         find_base(builders.source(folder), builders.settings())
 
 
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"])
+def test_a_lora_given_as_a_whole_model_is_told_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"factors")
+    with pytest.raises(ModelUnavailable, match="is a LoRA, not a whole model") as caught:
+        find_base(builders.source(tmp_path), builders.settings())
+    assert f'"lora": "{tmp_path}"' in caught.value.hint
+
+
 HUB_SETTINGS = builders.settings(hub_timeout_seconds=5, hf_token="secret")
 PINNED, MOVING = f"somebody/model@{COMMIT}", "somebody/model"
 
