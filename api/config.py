@@ -153,8 +153,49 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Memory for models on the GPU, in GB; 0 means 70 % of the free memory.",
     )
-    max_waiting: int = Field(
-        default=256, ge=1, le=10_000, description="Requests drawn or waiting at once; more get 503 `busy`."
+    database_url: SecretStr | None = Field(
+        default=None, description="`postgresql://…` or `sqlite:///path`; none takes the SQLite file DATA_DIR/sitter.db."
+    )
+    data_dir: Annotated[Path, AfterValidator(locate)] = Field(
+        default=ROOT / "data", description="Folder for the database file and the server's own secret."
+    )
+    auth: Literal["open", "required"] = Field(
+        default="open",
+        description="`open`: no sign-in, for one's own machine alone. `required`: every request needs a credential.",
+    )
+    workers: int = Field(
+        default=2, ge=0, le=64, description="Jobs in hand at once in the server; 0 leaves them to `sitter worker`."
+    )
+    lease_seconds: float = Field(
+        default=30.0, ge=0.5, le=3600, description="A job whose worker is silent for so long runs again elsewhere."
+    )
+    warm_first_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        le=3600,
+        description="Jobs of models in memory may overtake the head of the queue while it has waited less than this.",
+    )
+    max_queued: int = Field(
+        default=20_000, ge=1, description="Jobs in the whole queue; more get 503 `busy`."
+    )
+    limit_queued: int = Field(default=100, ge=0, description="Jobs one user may have waiting; 0 is no limit.")
+    limit_running: int = Field(default=4, ge=0, description="Jobs of one user that may run at once; 0 is no limit.")
+    limit_requests_per_minute: int = Field(
+        default=300, ge=0, description="Requests one user may send in a minute; 0 is no limit."
+    )
+    limit_images_per_day: int = Field(
+        default=0, ge=0, description="Pictures one user may have drawn in a day (UTC); 0 is no limit."
+    )
+    limit_steps_per_day: int = Field(
+        default=0, ge=0, description="Denoising steps of one user's pictures in a day (UTC); 0 is no limit."
+    )
+    sensitive_prompts: bool = Field(
+        default=False, description="Treat every prompt as sensitive: encrypted at rest, in no file, log or search."
+    )
+    secret_keys: list[SecretStr] = Field(
+        default_factory=list,
+        description="Keys (JSON list, newest first) that sign sessions and encrypt prompts; "
+        "none takes the one in DATA_DIR, made at the first start.",
     )
     output_dir: Annotated[Path, AfterValidator(locate)] = Field(
         default=ROOT / "api" / "output", description="Folder for the pictures; a relative one starts at the checkout."
@@ -195,6 +236,11 @@ class Settings(BaseSettings):
         """Weighs the sources: arguments, environment, `.env`, then the YAML file named by SITTER_CONFIG."""
         yaml = YamlConfigSettingsSource(settings_cls, yaml_file=_yaml_file())
         return init_settings, *(_WholeModels(source) for source in (env_settings, dotenv_settings, yaml))
+
+    @property
+    def database(self) -> str:
+        """The database's URL; it may hold a password."""
+        return self.database_url.get_secret_value() if self.database_url else f"sqlite:///{self.data_dir / 'sitter.db'}"
 
     def source_for(self, user_id: str) -> ModelSource:
         """Returns where the model of `user_id` comes from: their own, or the default's."""

@@ -13,6 +13,8 @@ class SitterError(Exception):
     code = "internal_error"
     hint = "Try again; if it stays, the server's log has the reason."
 
+    retry_after_seconds: int | None = None  # the Retry-After of the answer
+
     def __init__(self, detail: str, hint: str | None = None) -> None:
         super().__init__(detail)
         self.detail = detail
@@ -49,6 +51,65 @@ class Busy(SitterError):
     code = "busy"
     hint = "Wait a little and send it again."
     retry_after_seconds = 10
+
+
+class LimitReached(SitterError):
+    """A limit of this user is used up; the detail says which, the hint when it resets."""
+
+    status = 429
+    code = "limit_reached"
+    hint = "GET /me shows every limit and what is left of it."
+
+    def __init__(self, detail: str, hint: str | None = None, retry_after_seconds: int = 10) -> None:
+        super().__init__(detail, hint)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class NotAuthenticated(SitterError):
+    """Nobody is named, or the credential is not valid (any more)."""
+
+    status = 401
+    code = "not_authenticated"
+    hint = "Send `Authorization: Bearer sk_…` with an API key, or sign in."
+
+
+class Forbidden(SitterError):
+    """The caller may not do this."""
+
+    status = 403
+    code = "forbidden"
+    hint = "Ask an administrator."
+
+
+class NotFound(SitterError):
+    """There is no such thing, or it belongs to somebody else."""
+
+    status = 404
+    code = "not_found"
+    hint = "Check the id; what belongs to others is not found either."
+
+
+class Conflict(SitterError):
+    """It is there already, or changed meanwhile."""
+
+    status = 409
+    code = "conflict"
+    hint = "Look at what is there, then decide."
+
+
+class KeyReused(InvalidRequest):
+    """An Idempotency-Key came back with another body."""
+
+    code = "idempotency_key_reused"
+    hint = "Use a new Idempotency-Key for a new request; the same key repeats the same request."
+
+
+class Cancelled(SitterError):
+    """The job was cancelled before its pictures were done."""
+
+    status = 409
+    code = "cancelled"
+    hint = "Send it again if you want the picture after all."
 
 
 class ModelUnavailable(SitterError):
@@ -111,3 +172,24 @@ class ShuttingDown(SitterError):
     status = 503
     code = "shutting_down"
     hint = "Send it again once the server is back."
+
+
+class DatabaseUnavailable(SitterError):
+    """The database cannot be reached or is locked for too long."""
+
+    status = 503
+    code = "database_unavailable"
+    hint = "Wait a little and send it again; the operator finds DATABASE_URL's server down, or its file locked."
+    retry_after_seconds = 5
+
+
+def from_code(code: str, detail: str, hint: str) -> SitterError:
+    """Returns the error that was kept as `code`, `detail` and `hint`."""
+    kinds = [SitterError]
+    for kind in kinds:
+        if kind.code == code and kind is not SitterError:
+            error = kind.__new__(kind)
+            SitterError.__init__(error, detail, hint)
+            return error
+        kinds += kind.__subclasses__()
+    return SitterError(detail, hint)

@@ -1,0 +1,291 @@
+"""The life of a job: its row in `requests` goes queued → running → succeeded, failed or cancelled.
+
+A worker owns a running job by the token of its claim. Each of its writes names the token, so one that lost the job
+writes nothing. It counts the row's heartbeat up while it lives; `Watchman` takes a job back whose heartbeat stood
+still for a lease on the watchman's own monotonic clock: no wall clock is compared with another.
+"""
+
+import secrets
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import CursorResult, case, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.errors import SitterError
+from api.store.database import Database
+from api.store.tables import Delivery, Image, ImageTag, Queue, Request, Usage, User, now
+
+MAX_CRASHES = 3
+ORDER = (Request.priority.desc(), Request.start_tag, Request.id)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job in a worker's hands."""
+
+    job: Request
+    token: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is; `preview` is a small JPEG, new since the last report, or None."""
+
+    phase: str
+    step: int = 0
+    step_count: int = 0
+    preview: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a worker publishes: the pictures' rows, and how they were made."""
+
+    images: Sequence[Image]
+    model_id: str
+    cache_hit: bool
+    timings: dict[str, Any]
+    warnings: list[str]
+    seconds: float
+
+
+async def claim(
+    database: Database, worker: str, warm: Collection[str], warm_first_seconds: float, max_running: int
+) -> Claim | None:
+    """Takes the next job of the fair queue, or None when there is none that may run.
+
+    Args:
+        database: where the queue is.
+        worker: its name, for people.
+        warm: model ids that are in memory: their jobs go first among equals in priority, as long as the head of
+            the queue has waited less than `warm_first_seconds`.
+        warm_first_seconds: see `warm`.
+        max_running: jobs that one user may have running at once, unless their own limits say otherwise; 0 is no limit.
+    """
+    token = secrets.token_hex(16)
+    async with database.transaction() as session:
+        queued = select(Request).where(
+            Request.status == "queued", Request.user_id.not_in(await _users_at_their_cap(session, max_running))
+        )
+        take = queued.order_by(*ORDER).limit(1).with_for_update(skip_locked=True)
+        job = await session.scalar(take)
+        if job is None:
+            return None
+        waited = (now() - job.created_at).total_seconds()
+        if job.model_id not in warm and waited < warm_first_seconds and warm:
+            overtaking = take.where(Request.model_id.in_(warm), Request.priority == job.priority)
+            job = await session.scalar(overtaking) or job
+        job.status, job.token, job.worker, job.phase = "running", token, worker, "loading"
+        job.attempt += 1
+        job.revision += 1
+        job.step = job.step_count = job.preview_step = 0
+        job.preview = job.error_code = job.error_detail = job.error_hint = None
+        job.started_at = now()
+        await session.execute(
+            update(Queue).where(Queue.virtual_time < job.start_tag).values(virtual_time=job.start_tag)
+        )
+    return Claim(job, token)
+
+
+async def _users_at_their_cap(session: AsyncSession, max_running: int) -> list[str]:
+    running = select(User, func.count()).join(Request, Request.user_id == User.id)
+    rows = await session.execute(running.where(Request.status == "running").group_by(User.id))
+    caps = ((user.id, count, user.limits.get("max_running", max_running)) for user, count in rows)
+    return [user for user, count, most in caps if most and count >= most]
+
+
+async def beat(database: Database, claims: dict[str, tuple[str, Progress]]) -> tuple[set[str], set[str]]:
+    """Counts heartbeats up and writes progress, in one transaction: job id → (token, progress).
+
+    Returns the ids of jobs that are no longer ours, and of those that shall be cancelled.
+    """
+    lost, cancelled = set(), set()
+    async with database.transaction() as session:
+        for job_id, (token, progress) in claims.items():
+            values: dict[str, Any] = {
+                "heartbeat": Request.heartbeat + 1,
+                "revision": Request.revision + 1,
+                "phase": progress.phase,
+                "step": progress.step,
+                "step_count": progress.step_count,
+            }
+            if progress.preview is not None:
+                values |= {"preview": progress.preview, "preview_step": progress.step}
+            wish = await session.scalar(_owned(job_id, token).values(values).returning(Request.cancel_requested))
+            if wish is None:
+                lost.add(job_id)
+            elif wish:
+                cancelled.add(job_id)
+    return lost, cancelled
+
+
+async def publish(database: Database, claim: Claim, finished: Finished) -> bool:
+    """Makes a job's pictures known, charges for them and ends it, in one transaction.
+
+    Returns False, having changed nothing, when the job is no longer this claim's.
+    """
+    job = claim.job
+    async with database.transaction() as session:
+        ended = await _end(
+            session,
+            claim,
+            status="succeeded",
+            model_id=finished.model_id,
+            cache_hit=finished.cache_hit,
+            timings=finished.timings,
+            warnings=finished.warnings,
+            step=Request.step_count,
+        )
+        if not ended:
+            return False
+        session.add_all(finished.images)
+        await session.flush()
+        session.add_all(ImageTag(image_id=image.id, tag=tag) for image in finished.images for tag in set(job.tags))
+        session.add(
+            Usage(
+                request_id=job.id,
+                user_id=job.user_id,
+                images=len(finished.images),
+                steps=job.steps,
+                work=job.work,
+                seconds=finished.seconds,
+            )
+        )
+    return True
+
+
+async def fail(database: Database, claim: Claim, error: SitterError) -> bool:
+    """Ends a job as failed, with the reason. Returns False when it is no longer this claim's."""
+    async with database.transaction() as session:
+        return await _end(
+            session,
+            claim,
+            status="failed",
+            error_code=error.code,
+            error_detail=error.detail,
+            error_hint=error.hint,
+        )
+
+
+async def end_cancelled(database: Database, claim: Claim) -> bool:
+    """Ends a running job that somebody cancelled. Returns False when it is no longer this claim's."""
+    async with database.transaction() as session:
+        return await _end(session, claim, status="cancelled")
+
+
+async def _end(session: AsyncSession, claim: Claim, **values: Any) -> bool:
+    ended = _owned(claim.job.id, claim.token).values(
+        token=None, phase=None, preview=None, finished_at=now(), revision=Request.revision + 1, **values
+    )
+    if not _changed(await session.execute(ended)):
+        return False
+    if claim.job.webhook_url:
+        session.add(Delivery(request_id=claim.job.id))
+    return True
+
+
+async def release(database: Database, claim: Claim, reason: SitterError | None = None) -> bool:
+    """Puts a running job back where it stood in the queue, with the reason why it waits, if there is one."""
+    async with database.transaction() as session:
+        back = _owned(claim.job.id, claim.token).values(**_QUEUED_AGAIN, **_reason(reason))
+        return _changed(await session.execute(back))
+
+
+async def cancel(database: Database, job_id: str) -> None:
+    """Ends a queued job, and asks the worker of a running one to stop; a finished one stays as it is."""
+    async with database.transaction() as session:
+        waiting = update(Request).where(Request.id == job_id, Request.status == "queued")
+        ended = waiting.values(
+            status="cancelled", cancel_requested=True, finished_at=now(), revision=Request.revision + 1
+        )
+        row = (await session.execute(ended.returning(Request.user_id, Request.work, Request.webhook_url))).first()
+        if row is None:
+            running = update(Request).where(Request.id == job_id, Request.status == "running")
+            await session.execute(running.values(cancel_requested=True, revision=Request.revision + 1))
+            return
+        # What is not drawn does not count against its user's turn.
+        refund = case((User.finish_tag > row.work, User.finish_tag - row.work), else_=0)
+        await session.execute(update(User).where(User.id == row.user_id).values(finish_tag=refund))
+        if row.webhook_url:
+            session.add(Delivery(request_id=job_id))
+
+
+@dataclass
+class Watchman:
+    """Takes back the jobs of workers that died or lost the database for longer than a lease.
+
+    Args:
+        database: where the jobs are.
+        lease_seconds: how long a heartbeat may stand still.
+    """
+
+    database: Database
+    lease_seconds: float
+    _seen: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)  # (id, token) → heartbeat, since
+
+    async def look(self, own: Collection[str]) -> list[str]:
+        """Looks once, leaving the jobs in `own` alone; returns the ids of those taken back."""
+        async with self.database.reading() as session:
+            running = select(Request.id, Request.token, Request.heartbeat).where(Request.status == "running")
+            rows = (await session.execute(running)).all()
+        moment = time.monotonic()
+        seen = {}
+        for job_id, token, heartbeat in rows:
+            known = self._seen.get((job_id, token))
+            seen[job_id, token] = known if known and known[0] == heartbeat else (heartbeat, moment)
+        self._seen = seen
+        lapsed = [
+            (job_id, token, heartbeat)
+            for (job_id, token), (heartbeat, since) in seen.items()
+            if job_id not in own and moment - since >= self.lease_seconds
+        ]
+        return [job_id for job_id, token, heartbeat in lapsed if await self._take_back(job_id, token, heartbeat)]
+
+    async def _take_back(self, job_id: str, token: str, heartbeat: int) -> bool:
+        async with self.database.transaction() as session:
+            lapsed = _owned(job_id, token).where(Request.heartbeat == heartbeat)
+            dead = lapsed.where(Request.crashes + 1 >= MAX_CRASHES).values(
+                status="failed",
+                token=None,
+                phase=None,
+                preview=None,
+                crashes=Request.crashes + 1,
+                finished_at=now(),
+                revision=Request.revision + 1,
+                **_reason(SitterError(f"its worker died {MAX_CRASHES} times while drawing it")),
+            )
+            webhook = (await session.execute(dead.returning(Request.webhook_url))).first()
+            if webhook is not None:
+                if webhook[0]:
+                    session.add(Delivery(request_id=job_id))
+                return True
+            again = lapsed.values(**_QUEUED_AGAIN, crashes=Request.crashes + 1)
+            return _changed(await session.execute(again))
+
+
+_QUEUED_AGAIN: dict[str, Any] = {
+    "status": "queued",
+    "token": None,
+    "phase": None,
+    "preview": None,
+    "step": 0,
+    "revision": Request.revision + 1,
+}
+
+
+def _reason(error: SitterError | None) -> dict[str, str | None]:
+    if error is None:
+        return {}
+    return {"error_code": error.code, "error_detail": error.detail, "error_hint": error.hint}
+
+
+def _owned(job_id: str, token: str) -> Any:
+    return update(Request).where(Request.id == job_id, Request.status == "running", Request.token == token)
+
+
+def _changed(result: Any) -> bool:
+    assert isinstance(result, CursorResult)
+    return bool(result.rowcount)

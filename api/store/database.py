@@ -1,0 +1,125 @@
+"""The database: SQLite in one file, or PostgreSQL. One way in: `async with database.transaction() as session`."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from api.errors import DatabaseUnavailable
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_SECONDS = 30.0  # how long a writer waits for another process's
+POOL_SECONDS = 10.0
+
+
+class Database:
+    """Sessions over one database.
+
+    Args:
+        url: `sqlite:///path` or `postgresql://…`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = async_url(url)
+        self.is_sqlite = self.url.startswith("sqlite")
+        if self.is_sqlite:
+            self._engine = create_async_engine(
+                self.url, connect_args={"timeout": BUSY_SECONDS}, pool_size=8, pool_timeout=BUSY_SECONDS
+            )
+            event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
+            event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
+        else:
+            self._engine = create_async_engine(
+                self.url, pool_size=16, max_overflow=16, pool_timeout=POOL_SECONDS, pool_pre_ping=True
+            )
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+        # SQLite has one writer at a time and makes the others poll: ours take turns in order of arrival instead.
+        self._turn: asyncio.Lock | nullcontext[None] = asyncio.Lock() if self.is_sqlite else nullcontext()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncSession]:
+        """Opens a transaction for writing: committed at the end of the block, undone when it raises.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be reached, or is locked for too long.
+        """
+        with _our_errors():
+            async with self._turn, self._sessions() as session, session.begin():
+                await session.connection(execution_options={"write": True})
+                yield session
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncSession]:
+        """Opens a session that only reads; it never waits for a writer.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be reached.
+        """
+        with _our_errors():
+            async with self._sessions() as session:
+                yield session
+
+    async def close(self) -> None:
+        """Ends every connection."""
+        await self._engine.dispose()
+
+
+class _our_errors:
+    """Turns what the driver says when the database is away into our error; a constraint's refusal stays what it is."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        away = isinstance(error, (OperationalError, InterfaceError, PoolTimeout, ConnectionError))
+        if away or (isinstance(error, DBAPIError) and error.connection_invalidated):
+            raise DatabaseUnavailable("the database does not answer") from error
+
+
+def async_url(url: str) -> str:
+    """Returns `url` with the driver that speaks to its database."""
+    parsed = make_url(url)
+    drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+    backend = parsed.get_backend_name()
+    return parsed.set(drivername=drivers[backend]).render_as_string(hide_password=False)
+
+
+def migrate(url: str) -> None:
+    """Brings the database at `url` to this version's tables, making the file and its folder if need be.
+
+    Blocks; safe in several processes at once.
+
+    Raises:
+        DatabaseUnavailable: it cannot be reached or written to.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = url
+    with _our_errors():
+        command.upgrade(config, "head")
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions begin where we say, see `_begin_sqlite`
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Any) -> None:
+    # A transaction that begins by reading and then writes may be refused: a writer says so at once.
+    write = connection.get_execution_options().get("write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

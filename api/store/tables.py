@@ -1,0 +1,257 @@
+"""The tables. A generation is a row of `requests`, from the moment it is accepted until it is erased."""
+
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, String, Text, UniqueConstraint, text
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import DateTime, TypeDecorator
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+UserType = Literal["user", "admin"]
+
+ID = String(28)
+USER_ID = String(64)
+
+
+def new_id() -> str:
+    """Returns 28 hexadecimal digits: milliseconds, so that ids sort by age, then 64 random bits."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+
+
+def now() -> datetime:
+    """Returns the time in UTC. For people to read and for days to be counted by; leases do not use clocks."""
+    return datetime.now(UTC)
+
+
+class Moment(TypeDecorator[datetime]):
+    """A time in UTC on every database: SQLite keeps no time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Returns `value` in UTC."""
+        return value and value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Returns `value` with its time zone."""
+        return value and (value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC))
+
+
+class Table(DeclarativeBase):
+    """Base of every table."""
+
+    type_annotation_map = {datetime: Moment(), dict[str, Any]: JSON(), list[str]: JSON(), bytes: LargeBinary()}  # noqa: RUF012
+
+
+class User(Table):
+    """Somebody who draws, or an administrator."""
+
+    __tablename__ = "users"
+
+    id: Mapped[str] = mapped_column(USER_ID, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    login: Mapped[str | None] = mapped_column(String(200), unique=True)
+    password: Mapped[str | None] = mapped_column(String(200))  # argon2id
+    type: Mapped[UserType] = mapped_column(String(10), default="user")
+    disabled: Mapped[bool] = mapped_column(default=False)
+    token_version: Mapped[int] = mapped_column(default=0)  # raised to end every session
+    limits: Mapped[dict[str, Any]] = mapped_column(default=dict)  # what an administrator set otherwise
+    finish_tag: Mapped[int] = mapped_column(BigInteger, default=0)  # see `Queue`
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class ApiKey(Table):
+    """A key that speaks for a user; only its hash is kept."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str] = mapped_column(String(200))
+    prefix: Mapped[str] = mapped_column(String(16))  # the part that is shown again
+    hash: Mapped[str] = mapped_column(String(64), unique=True)  # SHA-256, hexadecimal
+    scopes: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class Request(Table):
+    """A generation: the job and its history in one row.
+
+    Every write of a worker says `id`, `status = 'running'` and its `token`: a worker that lost its lease writes
+    nothing. `heartbeat` counts up while a worker lives; whoever sees it stand still for a lease takes the job back.
+    """
+
+    __tablename__ = "requests"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    description: Mapped[str] = mapped_column(Text)  # the prompt; encrypted when `sensitive`
+    negative_prompt: Mapped[str | None] = mapped_column(Text)  # likewise
+    sensitive: Mapped[bool] = mapped_column(default=False)
+    parameters: Mapped[dict[str, Any]]  # the other fields of the GenerateRequest, seed included
+    tags: Mapped[list[str]] = mapped_column(default=list)
+    category: Mapped[str | None] = mapped_column(String(64))
+    model_id: Mapped[str] = mapped_column(Text)
+    webhook_url: Mapped[str | None] = mapped_column(Text)
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    body_hash: Mapped[str] = mapped_column(String(64))
+
+    status: Mapped[Status] = mapped_column(String(10), default="queued")
+    priority: Mapped[int] = mapped_column(default=0)
+    images: Mapped[int]  # pictures asked for
+    steps: Mapped[int]  # denoising steps of them all
+    work: Mapped[int] = mapped_column(BigInteger)  # rows × steps × pixels
+    start_tag: Mapped[int] = mapped_column(BigInteger)  # see `Queue`
+    token: Mapped[str | None] = mapped_column(String(32))
+    worker: Mapped[str | None] = mapped_column(String(64))
+    heartbeat: Mapped[int] = mapped_column(default=0)
+    attempt: Mapped[int] = mapped_column(default=0)
+    crashes: Mapped[int] = mapped_column(default=0)
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+
+    phase: Mapped[str | None] = mapped_column(String(10))  # "loading" or "drawing" while it runs
+    step: Mapped[int] = mapped_column(default=0)
+    step_count: Mapped[int] = mapped_column(default=0)
+    preview: Mapped[bytes | None] = mapped_column(deferred=True)  # a small JPEG
+    preview_step: Mapped[int] = mapped_column(default=0)
+    revision: Mapped[int] = mapped_column(default=0)  # counts every change that a watcher sees
+
+    error_code: Mapped[str | None] = mapped_column(String(64))
+    error_detail: Mapped[str | None] = mapped_column(Text)
+    error_hint: Mapped[str | None] = mapped_column(Text)
+    cache_hit: Mapped[bool | None]
+    timings: Mapped[dict[str, Any] | None]
+    warnings: Mapped[list[str]] = mapped_column(default=list)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("user_id", "idempotency_key"),
+        Index("requests_by_user", "user_id", "id"),
+        # The queue, in the order of its claims; it stays small while the history grows.
+        Index(
+            "requests_queued",
+            text("priority DESC"),
+            "start_tag",
+            "id",
+            sqlite_where=text("status = 'queued'"),
+            postgresql_where=text("status = 'queued'"),
+        ),
+        Index(
+            "requests_active",
+            "user_id",
+            "status",
+            sqlite_where=text("status IN ('queued', 'running')"),
+            postgresql_where=text("status IN ('queued', 'running')"),
+        ),
+        Index(
+            "requests_running",
+            "id",
+            sqlite_where=text("status = 'running'"),
+            postgresql_where=text("status = 'running'"),
+        ),
+    )
+
+
+class Queue(Table):
+    """One row: the virtual time of the fair queue.
+
+    Start-time fair queueing (Goyal, Vin, Cheng 1996, https://doi.org/10.1145/248156.248171): a job starts at
+    max(virtual time, finish of its user's last one) and finishes `work` later; the smallest start goes first, and
+    virtual time is the largest start claimed. Between any two users with queued jobs the work done differs by two
+    jobs at most, as with deficit round-robin, and the order is an index.
+    """
+
+    __tablename__ = "queue"
+
+    id: Mapped[int] = mapped_column(primary_key=True, default=1)
+    virtual_time: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class Image(Table):
+    """A finished picture. Its file lies in the output folder under `image_url`."""
+
+    __tablename__ = "images"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id", ondelete="CASCADE"))
+    position: Mapped[int]  # 0 for the first picture of its request
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    image_url: Mapped[str] = mapped_column(Text, unique=True)  # relative to the output folder
+    description: Mapped[str] = mapped_column(Text)  # the prompt; encrypted when `sensitive`
+    sensitive: Mapped[bool] = mapped_column(default=False)
+    words: Mapped[str] = mapped_column(Text)  # what the search reads: the prompt in lower case, or nothing
+    model_id: Mapped[str] = mapped_column(Text)
+    width: Mapped[int]
+    height: Mapped[int]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    category: Mapped[str | None] = mapped_column(String(64))
+    api_used: Mapped[str] = mapped_column(String(32), default="local")
+    cost: Mapped[float] = mapped_column(default=0.0)
+    processing_time: Mapped[float]  # seconds
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    __table_args__ = (UniqueConstraint("request_id", "position"), Index("images_by_user", "user_id", "id"))
+
+
+class ImageTag(Table):
+    """A word that a picture is filed under."""
+
+    __tablename__ = "image_tags"
+
+    image_id: Mapped[str] = mapped_column(ForeignKey("images.id", ondelete="CASCADE"), primary_key=True)
+    tag: Mapped[str] = mapped_column(String(64), primary_key=True, index=True)
+
+
+class Usage(Table):
+    """The ledger: one line for each request that was published, never a second."""
+
+    __tablename__ = "usage"
+
+    request_id: Mapped[str] = mapped_column(ID, primary_key=True)  # outlives its request
+    user_id: Mapped[str] = mapped_column(USER_ID)
+    images: Mapped[int]
+    steps: Mapped[int]
+    work: Mapped[int] = mapped_column(BigInteger)
+    seconds: Mapped[float]
+    cost: Mapped[float] = mapped_column(default=0.0)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    __table_args__ = (Index("usage_by_user", "user_id", "created_at"),)
+
+
+class Delivery(Table):
+    """A webhook to be sent: written with the end of its request, deleted once it arrived or was given up."""
+
+    __tablename__ = "deliveries"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id", ondelete="CASCADE"), index=True)
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+
+class Audit(Table):
+    """What was done to accounts and keys, and by whom: append-only, each line sealed with the hash of the last."""
+
+    __tablename__ = "audit"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[str] = mapped_column(String(40))  # ISO 8601: hashed as it stands
+    actor: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    object: Mapped[str] = mapped_column(String(200))
+    detail: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    previous_hash: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64))
