@@ -1,11 +1,14 @@
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from api.config import Settings
-from tests import builders
+from api.store.database import Database, migrate
+from tests import builders, databases
+from tests.databases import PostgreSQL
 from tests.hub import Hub, running
 
 
@@ -26,3 +29,65 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with running(monkeypatch, tmp_path / "hub") as hub:
         yield hub
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Tests marked `anyio` run on the event loop that the server runs on."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """The PostgreSQL server of this test session."""
+    programs = databases.programs()
+    if programs is None:
+        reason = "PostgreSQL is not installed (Debian: apt install postgresql)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with PostgreSQL(programs) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _migrated_postgresql(postgresql: PostgreSQL) -> Iterator[str]:
+    with postgresql.database() as name:
+        migrate(postgresql.url(name))
+        yield name
+
+
+@pytest.fixture(scope="session")
+def _migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return databases.migrated_sqlite(tmp_path_factory.mktemp("databases"))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a database without any tables, on each kind of database in turn."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'sitter.db'}"
+        return
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    with server.database() as name:
+        yield server.url(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a fresh database with this version's tables, on each kind of database in turn."""
+    if request.param == "sqlite":
+        path = shutil.copy(request.getfixturevalue("_migrated_sqlite"), tmp_path / "sitter.db")
+        yield f"sqlite:///{path}"
+        return
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    with server.database(template=request.getfixturevalue("_migrated_postgresql")) as name:
+        yield server.url(name)
+
+
+@pytest.fixture
+async def database(database_url: str, anyio_backend: str) -> AsyncIterator[Database]:
+    """A fresh database, open; on each kind in turn. For tests marked `anyio`."""
+    opened = Database(database_url)
+    yield opened
+    await opened.close()
