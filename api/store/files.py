@@ -2,19 +2,28 @@
 
 import errno
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Sequence
-from datetime import datetime
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from api.errors import StorageFull, StorageUnavailable
+from api.config import USER_ID
+from api.errors import NotFound, StorageFull, StorageUnavailable
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # exFAT, some network disks
+NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}  # fsync, on some network disks
+
+PICTURE = re.compile(rf"{USER_ID}_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(_\d{{1,2}})?\.png")
+"""What our pictures are called: user, date, time, the end of the job's id, and a number from the second on."""
+PART = re.compile(r"\.picture-.+\.part")
 
 
 class PictureFolder:
-    """Saves pictures in one folder.
+    """Keeps pictures in one folder; their names are paths relative to it.
 
     Args:
         folder: made if it is not there.
@@ -23,66 +32,145 @@ class PictureFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
 
-    def save_all(self, user_id: str, pngs: Sequence[bytes], at: datetime) -> list[Path]:
-        """Writes every picture or none, and returns their paths.
+    def save(self, name: str, png: bytes) -> Path:
+        """Writes a picture, replacing the one of that name, and returns its path.
+
+        When it returns, the picture is on the disk; until then, and if it raises, what was there before is.
 
         Raises:
-            StorageFull: the disk has no room; nothing is left behind.
+            StorageFull: the disk has no room.
             StorageUnavailable: the folder cannot be written to.
         """
-        saved: list[Path] = []
+        path = self.path_of(name)
         try:
-            for png in pngs:
-                path = self._save(f"{user_id}_{at:%Y%m%d_%H%M%S}", png)
-                saved.append(path)
-        except BaseException:
-            for path in saved:
-                path.unlink(missing_ok=True)
-            raise
-        return saved
-
-    def _save(self, stem: str, png: bytes) -> Path:
-        """Writes one picture as `stem.png`; a taken name gets `_2`, `_3`….
-
-        The bytes go to a nameless neighbour first and get their name by a hard link, which is atomic and
-        never overwrites: no reader sees half a picture, and no two writers share a name.
-        """
-        part: str | None = None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=self._folder, prefix=".", suffix=".part")
-            with os.fdopen(handle, "wb") as file:
-                file.write(png)
-                file.flush()
-                os.fsync(file.fileno())
-            return self._link(Path(part), stem)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, png, mode=0o644, prefix=".picture-")
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise StorageFull(f"the disk of {self._folder.name}/ is full") from error
             raise StorageUnavailable(f"{self._folder.name}/ cannot be written to: {error.strerror}") from error
-        finally:
-            if part is not None:
-                Path(part).unlink(missing_ok=True)
+        return path
 
-    def _link(self, part: Path, stem: str) -> Path:
-        number = 1
-        while True:
-            path = self._folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")
-            try:
-                _name_once(part, path)
-            except FileExistsError:
-                number += 1
-            else:
-                path.chmod(0o644)
-                return path
+    def path_of(self, name: str) -> Path:
+        """Returns where the picture `name` is, or would be.
+
+        Raises:
+            NotFound: that would be outside of the folder, or a link.
+        """
+        path = self._folder / name
+        plain = not Path(name).is_absolute() and not set("\0\\") & set(name) and os.path.normpath(name) == name != "."
+        # A link inside the folder could lead out of it.
+        if not plain or path.resolve() != self._folder.resolve() / name:
+            raise NotFound("this picture has no file in the output folder")
+        return path
+
+    def read(self, name: str) -> bytes:
+        """Returns the picture.
+
+        Raises:
+            NotFound: its file is gone, or outside of the folder.
+            StorageUnavailable: it cannot be read.
+        """
+        try:
+            return self.path_of(name).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise NotFound("the file of this picture is not there any more") from error
+        except OSError as error:
+            raise StorageUnavailable(f"{name} cannot be read: {error.strerror}") from error
+
+    def delete(self, name: str) -> None:
+        """Removes the picture, if it is there.
+
+        Raises:
+            NotFound: its name leads out of the folder.
+            StorageUnavailable: it cannot be removed.
+        """
+        try:
+            self.path_of(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageUnavailable(f"{name} cannot be removed: {error.strerror}") from error
+
+    def free_bytes(self) -> int:
+        """Returns how much room the disk has."""
+        there = self._folder
+        while not there.exists():
+            there = there.parent
+        return shutil.disk_usage(there).free
+
+    def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str]]:
+        """Yields (name, end of its job's id) of our pictures that were written so long ago."""
+        for entry in self._old(seconds):
+            if match := PICTURE.fullmatch(entry.name):
+                yield entry.name, match["job"]
+
+    def delete_parts_older_than(self, seconds: float) -> int:
+        """Removes what writers that died have left; returns how many files that were."""
+        parts = [entry.name for entry in self._old(seconds) if PART.fullmatch(entry.name)]
+        for name in parts:
+            self.delete(name)
+        return len(parts)
+
+    def _old(self, seconds: float) -> Iterator[os.DirEntry[str]]:
+        if not self._folder.is_dir():
+            return
+        oldest = time.time() - seconds
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # somebody removed it meanwhile
+                    if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                        yield entry
+
+
+def write_whole(path: Path, data: bytes, mode: int, prefix: str, replace: bool = True) -> None:
+    """Writes a file that is whole or not there at all, also when the power fails.
+
+    Args:
+        path: what it shall be called.
+        data: what it shall hold.
+        mode: its permissions.
+        prefix: of its name until it is whole.
+        replace: whether it takes the place of one that has its name.
+
+    Raises:
+        FileExistsError: it is there already and `replace` is false.
+        OSError: it cannot be written; what was there before is.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        if replace:
+            part.replace(path)
+        else:
+            _name_once(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _name_once(part: Path, path: Path) -> None:
-    """Gives the file `part` the name `path`. Raises FileExistsError when that is taken."""
+    """Gives the file `part` the name `path` too. Raises FileExistsError when that is taken."""
     try:
         os.link(part, path)
     except OSError as error:
         if error.errno not in NO_HARD_LINKS:
             raise
-        path.touch(exist_ok=False)  # takes the name; an empty file is there until the next line
-        part.replace(path)
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+        part.replace(path)  # of two at the same moment the last one wins
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` last, where the disk knows how."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_FOR_FOLDERS:
+            raise
+    finally:
+        os.close(handle)

@@ -4,16 +4,13 @@ Every use has a key of its own, derived from the server's keys: the newest seals
 """
 
 import base64
-import errno
 import hashlib
 import hmac
-import os
 import secrets
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import structlog
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -23,9 +20,8 @@ from sqlalchemy.orm import InstrumentedAttribute
 from api.config import Settings, SettingsError
 from api.errors import SitterError
 from api.store.database import Database
+from api.store.files import write_whole
 from api.store.tables import Image, Request
-
-log = structlog.get_logger()
 
 KEY_FILE = "secret.key"
 SHORTEST_KEY = 32  # characters: 128 bits even when they are hexadecimal
@@ -131,7 +127,8 @@ def load_vault(settings: Settings) -> Vault:
     path = settings.data_dir / KEY_FILE
     try:
         if not path.exists():
-            _make_once(path, new_key())
+            with suppress(FileExistsError):  # another process that starts now was first
+                write_keys(path, [new_key()], replace=False)
         return Vault(read_keys(path), lambda: read_keys(path))
     except OSError as error:
         raise SettingsError(f"DATA_DIR: {path} cannot be read or made: {error.strerror}") from error
@@ -147,45 +144,15 @@ def read_keys(path: Path) -> list[str]:
     return _long_enough([line.strip() for line in path.read_text(encoding="utf-8").splitlines()], str(path))
 
 
-def write_keys(path: Path, keys: Sequence[str]) -> None:
-    """Replaces a key file as a whole. Raises OSError when it cannot be written."""
-    part = _secret_part(path.parent, keys)
-    part.replace(path)
-    _sync_folder(path.parent)
+def write_keys(path: Path, keys: Sequence[str], replace: bool = True) -> None:
+    """Writes a key file for its owner's eyes alone.
 
-
-def _make_once(path: Path, key: str) -> None:
-    """Makes the key file unless another process was first: it has its name only when it is whole."""
+    Raises:
+        FileExistsError: it is there already and `replace` is false.
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _secret_part(path.parent, [key])
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        log.debug("secret_key_exists", path=str(path))
-    except OSError as error:
-        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}:
-            raise
-        part.rename(path)  # a disk without hard links, exFAT say: two first starts at once would have to be avoided
-    finally:
-        part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _secret_part(folder: Path, keys: Sequence[str]) -> Path:
-    handle, part = tempfile.mkstemp(dir=folder, prefix=f".{KEY_FILE}.")  # 0600
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write("".join(f"{key}\n" for key in keys))
-        file.flush()
-        os.fsync(file.fileno())
-    return Path(part)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_whole(path, "".join(f"{key}\n" for key in keys).encode(), 0o600, f".{KEY_FILE}.", replace)
 
 
 def _long_enough(keys: list[str], where: str) -> list[str]:

@@ -1,21 +1,21 @@
 import errno
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 
-from api.errors import StorageFull, StorageUnavailable
+from api.errors import NotFound, StorageFull, StorageUnavailable
 from api.store import files
-from api.store.files import PictureFolder
+from api.store.files import PictureFolder, write_whole
 
-NOON = datetime(2025, 1, 7, 14, 30, 22)
-WRITERS = 20
+NAME = "user_123_20250107_143022_93f21d07.png"
+WRITERS = 8
 
 
 def names(folder: Path) -> set[str]:
@@ -23,47 +23,117 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_names_say_the_user_and_the_time(tmp_path: Path) -> None:
-    (path,) = PictureFolder(tmp_path / "new" / "folder").save_all("user_123", [b"png"], NOON)
-    assert path == tmp_path / "new/folder/user_123_20250107_143022.png"
-    assert path.read_bytes() == b"png"
+def test_a_picture_is_saved_under_its_name(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path / "new" / "folder")
+    path = folder.save(NAME, b"png")
+    assert path == folder.path_of(NAME) == tmp_path / "new/folder" / NAME
+    assert path.read_bytes() == folder.read(NAME) == b"png"
     assert path.stat().st_mode & 0o777 == 0o644
-    assert names(path.parent) == {path.name}
+    assert names(path.parent) == {NAME}
 
 
 def test_the_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (path,) = PictureFolder(Path("output")).save_all("a", [b"png"], NOON)
-    assert path == tmp_path / "output/a_20250107_143022.png"
+    assert PictureFolder(Path("output")).save("a.png", b"png") == tmp_path / "output/a.png"
 
 
-def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+def test_the_same_job_again_replaces_its_picture(tmp_path: Path) -> None:
     folder = PictureFolder(tmp_path)
-    paths = folder.save_all("a", [b"1", b"2"], NOON) + folder.save_all("a", [b"3"], NOON)
-    assert [path.stem for path in paths] == ["a_20250107_143022", "a_20250107_143022_2", "a_20250107_143022_3"]
-    assert [path.read_bytes() for path in paths] == [b"1", b"2", b"3"]
+    folder.save(NAME, b"first")
+    folder.save(NAME, b"again")
+    assert folder.read(NAME) == b"again"
+    assert names(tmp_path) == {NAME}
 
 
-def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "a_20250107_143022.png").write_bytes(b"somebody else's")
-    PictureFolder(tmp_path).save_all("a", [b"mine"], NOON)
-    assert (tmp_path / "a_20250107_143022.png").read_bytes() == b"somebody else's"
+def test_a_reader_sees_one_whole_picture_or_the_other(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    pictures = [bytes([number]) * 100_000 for number in range(WRITERS)]
+    folder.save(NAME, pictures[0])
+    start, done = Barrier(WRITERS), Event()
 
-
-def test_two_hundred_pictures_in_one_second_are_all_kept_whole(tmp_path: Path) -> None:
-    pictures = [bytes([number]) * 50_000 for number in range(200)]
-    start = Barrier(WRITERS)
-
-    def save(writer: int) -> list[Path]:
+    def write(picture: bytes) -> None:
         start.wait(30)
-        folder = PictureFolder(tmp_path)
-        return [folder.save_all("a", [picture], NOON)[0] for picture in pictures[writer::WRITERS]]
+        for _ in range(5):
+            folder.save(NAME, picture)
 
-    with ThreadPoolExecutor(WRITERS) as pool:
-        paths = [path for saved in pool.map(save, range(WRITERS)) for path in saved]
-    assert names(tmp_path) == {path.name for path in paths}
-    assert len(names(tmp_path)) == 200
-    assert {path.read_bytes() for path in paths} == set(pictures)
+    def read() -> set[bytes]:
+        seen = set()
+        while not done.is_set():
+            seen.add(folder.read(NAME))
+        return seen
+
+    with ThreadPoolExecutor(WRITERS + 1) as pool:
+        reading = pool.submit(read)
+        for writing in [pool.submit(write, picture) for picture in pictures]:
+            writing.result()
+        done.set()
+        assert reading.result() <= set(pictures)
+    assert names(tmp_path) == {NAME}
+
+
+def test_a_deleted_picture_is_gone(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    folder.save(NAME, b"png")
+    folder.delete(NAME)
+    assert not names(tmp_path)
+    folder.delete(NAME)
+    with pytest.raises(NotFound):
+        folder.read(NAME)
+
+
+OUTSIDE = ["", ".", "..", "../secret", "a/../../secret", "{absolute}", "./a.png", "a//b.png", "a/..", "out", "x\0.png"]
+OUTSIDE += ["link/secret", "secret_link", "..\\secret", "a/"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_nothing_outside_of_the_folder_is_touched(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    inside = tmp_path / "out"
+    inside.mkdir()
+    (inside / "link").symlink_to(tmp_path)
+    (inside / "secret_link").symlink_to(tmp_path / "secret")
+    (inside / "out").symlink_to(inside)
+    folder = PictureFolder(inside)
+    name = name.format(absolute=tmp_path / "secret")
+    for touch in (folder.path_of, folder.read, folder.delete, lambda name: folder.save(name, b"png")):
+        with pytest.raises(NotFound):
+            touch(name)
+    assert (tmp_path / "secret").read_text() == "secret"
+    assert names(tmp_path) == {"secret", "out"}
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "output").symlink_to(tmp_path / "disk")
+    folder = PictureFolder(tmp_path / "output")
+    folder.save("2025/01/a.png", b"png")
+    assert folder.read("2025/01/a.png") == b"png"
+
+
+def test_free_room_is_that_of_the_disk(tmp_path: Path) -> None:
+    there = os.statvfs(tmp_path)
+    free = PictureFolder(tmp_path / "not" / "yet").free_bytes()
+    assert free == pytest.approx(there.f_bavail * there.f_frsize, rel=0.05)
+
+
+def test_old_pictures_are_told_from_what_is_not_ours(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    ours = {NAME: "93f21d07", "a_b@c.d_20250107_143022_b1946ac93f21d07e_4.png": "b1946ac93f21d07e"}
+    others = [
+        "a_20250107_143022.png", "a_20250107_143022_2.png", "me.png", ".hidden.png",
+        "u_20250107_143022_20250107_143022.png", f"{NAME}.txt", ".picture-x.part",
+    ]  # fmt: skip
+    young = "a_20250107_143022_00000001.png"
+    for name in (*ours, *others, young):
+        (tmp_path / name).touch()
+        if name != young:
+            os.utime(tmp_path / name, (time.time() - 100,) * 2)
+    (tmp_path / "a_20250107_143022_00000002.png").mkdir()
+    assert dict(folder.pictures_older_than(60)) == ours
+    assert folder.delete_parts_older_than(1000) == 0
+    assert folder.delete_parts_older_than(60) == 1
+    assert not (tmp_path / ".picture-x.part").exists()
+    assert not list(PictureFolder(tmp_path / "nowhere").pictures_older_than(0))
 
 
 @contextmanager
@@ -77,23 +147,20 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(
-    "pictures", [[b"x" * 5000], [b"fits", b"x" * 5000], [b"fits", b"too", b"x" * 5000, b"never"]], ids=len
-)
-def test_a_full_disk_keeps_all_pictures_or_none(tmp_path: Path, pictures: list[bytes]) -> None:
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     folder = PictureFolder(tmp_path)
-    folder.save_all("a", [b"before"], NOON)
+    folder.save(NAME, b"before")
     with largest_file(4096), pytest.raises(StorageFull, match="is full") as caught:
-        folder.save_all("a", pictures, NOON)
+        folder.save(NAME, b"x" * 5000)
     assert caught.value.status == 507
-    assert names(tmp_path) == {"a_20250107_143022.png"}
-    assert (tmp_path / "a_20250107_143022.png").read_bytes() == b"before"
-    folder.save_all("a", pictures, NOON)  # room again
-    assert len(names(tmp_path)) == 1 + len(pictures)
+    assert names(tmp_path) == {NAME}
+    assert folder.read(NAME) == b"before"
+    folder.save(NAME, b"x" * 5000)  # room again
+    assert folder.read(NAME) == b"x" * 5000
 
 
 @pytest.mark.parametrize("number", sorted(files.NO_ROOM))
-@pytest.mark.parametrize("call", ["pathlib.Path.mkdir", "tempfile.mkstemp", "os.fsync", "os.link"])
+@pytest.mark.parametrize("call", ["pathlib.Path.mkdir", "tempfile.mkstemp", "os.fsync", "pathlib.Path.replace"])
 def test_no_room_anywhere_on_the_way_is_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:
@@ -102,7 +169,7 @@ def test_no_room_anywhere_on_the_way_is_a_full_disk(
 
     monkeypatch.setattr(call, full)
     with pytest.raises(StorageFull):
-        PictureFolder(tmp_path / "out").save_all("a", [b"png"], NOON)
+        PictureFolder(tmp_path / "out").save(NAME, b"png")
     monkeypatch.undo()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -127,18 +194,25 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path, 
     try:
         spoil(folder)
         with pytest.raises(StorageUnavailable, match="output/ cannot be written to"):
-            PictureFolder(folder).save_all("a", [b"png"], NOON)
+            PictureFolder(folder).save(NAME, b"png")
     finally:
         os.seteuid(user)
         folder.chmod(0o755)
     assert folder.is_file() or not any(folder.iterdir())
 
 
-def test_a_disk_without_hard_links_keeps_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_file_that_is_made_once_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+) -> None:
     def no_links(*_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(os, "link", no_links)
-    paths = PictureFolder(tmp_path).save_all("a", [b"one", b"two"], NOON)
-    assert [path.read_bytes() for path in paths] == [b"one", b"two"]
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_links)
+    write_whole(tmp_path / "file", b"first", 0o600, ".", replace=False)
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "file", b"second", 0o600, ".", replace=False)
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+    assert names(tmp_path) == {"file"}
