@@ -82,6 +82,15 @@ class ApiKey(Table):
     last_used_at: Mapped[datetime | None]
 
 
+class EndedSession(Table):
+    """A session or token that was signed out before its time; kept until that has come."""
+
+    __tablename__ = "ended_sessions"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    expires_at: Mapped[datetime]
+
+
 class Request(Table):
     """A generation: the job and its history in one row.
 

@@ -1,0 +1,69 @@
+"""Who asks: the caller of a route, from the credential that the request carries."""
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+
+from api.domain.accounts import Accounts, Caller, Credentials, authenticate
+from api.routes.service import ServiceDep
+from api.wire.accounts import Scope
+
+COOKIE = "sitter_session"
+CSRF_HEADER = "X-CSRF-Token"
+SAFE = {"GET", "HEAD", "OPTIONS"}
+
+_bearer = HTTPBearer(auto_error=False, description="An API key (`sk_…`), or the token that POST /auth/login answers.")
+_cookie = APIKeyCookie(
+    name=COOKIE,
+    auto_error=False,
+    description=f"The session of the web page. What changes something needs `{CSRF_HEADER}` besides.",
+)
+
+
+def get_accounts(service: ServiceDep) -> Accounts:
+    """Returns what signing in needs."""
+    return service.accounts
+
+
+AccountsDep = Annotated[Accounts, Depends(get_accounts)]
+
+
+async def get_caller(
+    request: Request,
+    accounts: AccountsDep,
+    _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    cookie: Annotated[str | None, Security(_cookie)],
+) -> Caller:
+    """Returns the caller, counting the request against their limit.
+
+    Raises:
+        NotAuthenticated: there is no valid credential.
+        Forbidden: a session's request lacks its CSRF token.
+        LimitReached: they ask too often.
+    """
+    sent = Credentials(
+        authorization=request.headers.get("Authorization"),
+        cookie=cookie,
+        csrf=request.headers.get(CSRF_HEADER),
+        unsafe=request.method not in SAFE,
+    )
+    return await authenticate(accounts, sent)
+
+
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+def require(scope: Scope) -> Callable[[Caller], Awaitable[None]]:
+    """Returns a dependency that refuses callers whose credential does not allow `scope`."""
+
+    async def allowed(caller: CallerDep) -> None:
+        caller.may(scope)
+
+    return allowed
+
+
+def address_of(request: Request) -> str:
+    """Returns the address that a request comes from."""
+    return request.client.host if request.client else "unknown"
