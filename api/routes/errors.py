@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from api.errors import Busy, InvalidRequest, SitterError
+from api.errors import InvalidRequest, NotAuthenticated, SitterError
 from api.schemas import ErrorResponse
 
 log = structlog.get_logger()
@@ -42,7 +42,11 @@ def error_answer(error: SitterError, headers: Mapping[str, str] | None = None) -
 
 async def _ours(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SitterError)
-    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, Busy) else None
+    headers = {}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, NotAuthenticated):
+        headers["WWW-Authenticate"] = 'Bearer realm="sitter"'  # RFC 9110: a 401 says how it wants to be answered
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.warning("request_failed", code=error.code, reason=error.detail)
     return error_answer(error, headers)

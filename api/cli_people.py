@@ -1,0 +1,32 @@
+"""What every command shares: where it writes, and how it tells what went wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+
+from api.config import SettingsError
+from api.errors import SitterError
+
+console = Console()
+to_people = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Ends the command with a sentence and a hint instead of a traceback."""
+    try:
+        yield
+    except SitterError as error:
+        to_people.print(f"{escape(error.detail)}\n{escape(error.hint)}")
+        raise typer.Exit(1) from error
+    except SettingsError as error:
+        to_people.print(f"{escape(str(error))}\nThe README lists every setting.")
+        raise typer.Exit(2) from error
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        to_people.print(escape(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+        raise typer.Exit(2) from error
