@@ -38,28 +38,38 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[PostgreSQL]:
-    """The PostgreSQL server of this test session."""
+def postgresql_programs() -> Path:
+    """The folder of PostgreSQL's programs. Without them tests are skipped here, and fail in CI."""
     programs = databases.programs()
     if programs is None:
         reason = "PostgreSQL is not installed (Debian: apt install postgresql)"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with PostgreSQL(programs) as server:
+    return programs
+
+
+@pytest.fixture(scope="session")
+def postgresql(postgresql_programs: Path) -> Iterator[PostgreSQL]:
+    """The PostgreSQL server of this test session; not to be stopped."""
+    with PostgreSQL(postgresql_programs) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def _migrated_postgresql(postgresql: PostgreSQL) -> Iterator[str]:
+def migrated_postgresql(postgresql: PostgreSQL) -> Iterator[str]:
+    """The name of a database with this version's tables, to be a template."""
     with postgresql.database() as name:
         migrate(postgresql.url(name))
         yield name
 
 
 @pytest.fixture(scope="session")
-def _migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return databases.migrated_sqlite(tmp_path_factory.mktemp("databases"))
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with this version's tables, to be copied."""
+    path = tmp_path_factory.mktemp("databases") / "migrated.db"
+    migrate(f"sqlite:///{path}")
+    return path
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -77,11 +87,11 @@ def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a fresh database with this version's tables, on each kind of database in turn."""
     if request.param == "sqlite":
-        path = shutil.copy(request.getfixturevalue("_migrated_sqlite"), tmp_path / "sitter.db")
+        path = shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "sitter.db")
         yield f"sqlite:///{path}"
         return
     server: PostgreSQL = request.getfixturevalue("postgresql")
-    with server.database(template=request.getfixturevalue("_migrated_postgresql")) as name:
+    with server.database(template=request.getfixturevalue("migrated_postgresql")) as name:
         yield server.url(name)
 
 

@@ -17,8 +17,6 @@ from typing import Any, Literal, Self
 import psycopg
 from psycopg import sql
 
-from api.store.database import migrate
-
 PATIENCE_SECONDS = 60.0
 OPTIONS = {
     "listen_addresses": "127.0.0.1",
@@ -171,10 +169,3 @@ def _unprivileged_user() -> tuple[int, int]:
         if name in known:
             return known[name]
     raise RuntimeError("PostgreSQL refuses to run as root, and there is neither a user postgres nor nobody")
-
-
-def migrated_sqlite(folder: Path) -> Path:
-    """Makes a migrated SQLite file in `folder`, to be copied."""
-    path = folder / "migrated.db"
-    migrate(f"sqlite:///{path}")
-    return path

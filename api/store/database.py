@@ -14,11 +14,12 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from api.errors import DatabaseUnavailable
+from api.errors import DatabaseUnavailable, SitterError, StorageFull
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 30.0  # how long a writer waits for another process's
 POOL_SECONDS = 10.0
+FOLDER_HINT = "DATA_DIR must be a folder that the server may write to."
 
 
 class Database:
@@ -33,13 +34,22 @@ class Database:
         self.is_sqlite = self.url.startswith("sqlite")
         if self.is_sqlite:
             self._engine = create_async_engine(
-                self.url, connect_args={"timeout": BUSY_SECONDS}, pool_size=8, pool_timeout=BUSY_SECONDS
+                self.url,
+                connect_args={"timeout": BUSY_SECONDS},
+                pool_size=8,
+                pool_timeout=BUSY_SECONDS,
+                hide_parameters=True,  # prompts are among them, and errors are logged
             )
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
         else:
             self._engine = create_async_engine(
-                self.url, pool_size=16, max_overflow=16, pool_timeout=POOL_SECONDS, pool_pre_ping=True
+                self.url,
+                pool_size=16,
+                max_overflow=16,
+                pool_timeout=POOL_SECONDS,
+                pool_pre_ping=True,
+                hide_parameters=True,
             )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         # SQLite has one writer at a time and makes the others poll: ours take turns in order of arrival instead.
@@ -80,9 +90,24 @@ class _our_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        away = isinstance(error, (OperationalError, InterfaceError, PoolTimeout, ConnectionError))
-        if away or (isinstance(error, DBAPIError) and error.connection_invalidated):
-            raise DatabaseUnavailable("the database does not answer") from error
+        ours = error and _our_error(error)
+        if ours:
+            raise ours from error
+
+
+def _our_error(error: BaseException) -> SitterError | None:
+    said = error.orig if isinstance(error, DBAPIError) else None
+    code: str = getattr(said, "sqlite_errorname", None) or getattr(said, "sqlstate", None) or ""
+    if code in ("SQLITE_FULL", "53100"):
+        return StorageFull("the disk of the database is full", "Free some space where the database is (DATA_DIR).")
+    if code in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+        return DatabaseUnavailable("the file is not a database, or is damaged", "Move it away, or restore a copy.")
+    if code.startswith("SQLITE_BUSY"):
+        return DatabaseUnavailable(f"the database was locked for more than {BUSY_SECONDS:g} s")
+    away = isinstance(error, (OperationalError, InterfaceError, PoolTimeout, ConnectionError))
+    if away or (isinstance(error, DBAPIError) and error.connection_invalidated):
+        return DatabaseUnavailable("the database does not answer")
+    return None
 
 
 def async_url(url: str) -> str:
@@ -103,12 +128,19 @@ def migrate(url: str) -> None:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatabaseUnavailable(f"its folder cannot be made: {error.strerror}", FOLDER_HINT) from error
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["url"] = url
-    with _our_errors():
-        command.upgrade(config, "head")
+    try:
+        with _our_errors():
+            command.upgrade(config, "head")
+    except DatabaseUnavailable as error:  # the operator reads this one: with what the driver says
+        said = getattr(error.__cause__, "orig", None)
+        raise DatabaseUnavailable(f"{error.detail}: {str(said).splitlines()[0]}") if said else error from error
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:

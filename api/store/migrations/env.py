@@ -3,6 +3,7 @@
 from alembic import context
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.pool import NullPool
 
 from api.store.tables import Table
 
@@ -10,7 +11,7 @@ LOCK = 5_117_031  # any number, the same in every process
 
 url = make_url(context.config.attributes["url"])
 sqlite = url.get_backend_name() == "sqlite"
-engine = create_engine(url.set(drivername="sqlite" if sqlite else "postgresql+psycopg"))
+engine = create_engine(url.set(drivername="sqlite" if sqlite else "postgresql+psycopg"), poolclass=NullPool)
 if sqlite:
 
     @event.listens_for(engine, "connect")
@@ -29,4 +30,3 @@ with engine.begin() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
     context.configure(connection=connection, target_metadata=Table.metadata, render_as_batch=True)
     context.run_migrations()
-engine.dispose()

@@ -1,0 +1,287 @@
+import asyncio
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, delete, func, select, text, update
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from api.domain.jobs import ORDER
+from api.errors import DatabaseUnavailable, SitterError, StorageFull
+from api.store import database as module
+from api.store.database import Database, migrate
+from api.store.tables import Audit, Queue, Request, Table, User, now
+from tests.databases import PostgreSQL
+from tests.e2e.server import CANARY, free_port
+
+pytestmark = pytest.mark.anyio
+
+MIGRATE = "import sys; from api.store.database import migrate; migrate(sys.argv[1])"
+
+
+def request_of(user_id: str, **fields: Any) -> Request:
+    given = {"description": "a portrait", "parameters": {}, "model_id": "models/demo", "body_hash": "", "images": 1}
+    return Request(user_id=user_id, **{**given, "steps": 1, "work": 1, "start_tag": 0, **fields})
+
+
+def audit_line(seq: int) -> Audit:
+    return Audit(seq=seq, at="", actor="", action="", object="", previous_hash="", hash="")
+
+
+def differences(url: str) -> list[Any]:
+    """What alembic would change to make the tables at `url` those of the code."""
+    driver = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}[make_url(url).get_backend_name()]
+    engine = create_engine(make_url(url).set(drivername=driver))
+    with engine.connect() as connection:
+        found = compare_metadata(MigrationContext.configure(connection), Table.metadata)
+    engine.dispose()
+    # Alembic reads no DESC back from SQLite; the test of the queue's plan knows whether that index serves.
+    return [change for change in found if "requests_queued" not in str(change)]
+
+
+async def test_migrates_to_the_tables_of_the_code_and_again_to_the_same(empty_database_url: str) -> None:
+    migrate(empty_database_url)
+    assert differences(empty_database_url) == []
+    migrate(empty_database_url)
+    assert differences(empty_database_url) == []
+    database = Database(empty_database_url)
+    async with database.reading() as session:
+        assert (await session.scalars(select(Queue.virtual_time))).all() == [0]
+    await database.close()
+
+
+def test_processes_may_migrate_at_once(empty_database_url: str) -> None:
+    starting = [
+        subprocess.Popen([sys.executable, "-c", MIGRATE, empty_database_url], stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in starting]
+    assert [process.returncode for process in starting] == [0, 0, 0], said
+    assert differences(empty_database_url) == []
+
+
+async def test_the_queue_is_read_in_the_order_of_its_index(migrated_sqlite: Path) -> None:
+    query = select(Request.id).where(Request.status == "queued").order_by(*ORDER).limit(1)
+    plan = query.compile(dialect=SQLiteDialect(), compile_kwargs={"literal_binds": True})
+    connection = sqlite3.connect(migrated_sqlite)
+    steps = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {plan}")]
+    connection.close()
+    assert len(steps) == 1
+    assert "requests_queued" in steps[0]
+
+
+async def test_errors_name_no_values(database: Database) -> None:
+    async def add() -> None:
+        async with database.transaction() as session:
+            session.add(User(id="ada", name=CANARY))
+
+    await add()
+    with pytest.raises(IntegrityError) as refused:
+        await add()
+    assert CANARY not in str(refused.value)
+
+
+async def test_a_block_that_raises_changes_nothing(database: Database) -> None:
+    async def add_and_stumble() -> None:
+        async with database.transaction() as session:
+            session.add(User(id="ada", name="Ada"))
+            await session.flush()
+            raise SitterError("stumbled")
+
+    with pytest.raises(SitterError, match="stumbled"):
+        await add_and_stumble()
+    async with database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(User)) == 0
+
+
+async def test_foreign_keys_hold(database: Database) -> None:
+    async def add_of_nobody() -> None:
+        async with database.transaction() as session:
+            session.add(request_of("nobody"))
+
+    with pytest.raises(IntegrityError):
+        await add_of_nobody()
+    async with database.transaction() as session:
+        session.add(User(id="ada", name="Ada"))
+        await session.flush()
+        session.add(request_of("ada"))
+    async with database.transaction() as session:
+        await session.execute(delete(User))
+    async with database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(Request)) == 0
+
+
+async def test_an_idempotency_key_names_one_request_of_a_user(database: Database) -> None:
+    async def add(user_id: str, key: str | None) -> None:
+        async with database.transaction() as session:
+            session.add(request_of(user_id, idempotency_key=key))
+
+    async with database.transaction() as session:
+        session.add_all([User(id="ada", name="Ada"), User(id="bo", name="Bo")])
+    for user_id, key in (("ada", "one"), ("bo", "one"), ("ada", "two"), ("ada", None), ("ada", None)):
+        await add(user_id, key)
+    with pytest.raises(IntegrityError):
+        await add("ada", "one")
+
+
+@pytest.mark.parametrize("change", [update(Audit).values(actor="nobody"), delete(Audit)])
+async def test_the_audit_is_append_only(database: Database, change: Any) -> None:
+    async def forge() -> None:
+        async with database.transaction() as session:
+            await session.execute(change)
+
+    for seq in (1, 2):
+        async with database.transaction() as session:
+            session.add(audit_line(seq))
+    with pytest.raises(DBAPIError, match="append-only"):
+        await forge()
+    async with database.reading() as session:
+        assert await session.scalar(select(func.count()).select_from(Audit)) == 2
+
+
+async def test_moments_come_back_in_utc(database: Database) -> None:
+    moment = datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=timezone(timedelta(hours=-8)))
+    async with database.transaction() as session:
+        session.add(User(id="ada", name="Ada", created_at=moment))
+        session.add(User(id="bo", name="Bo"))
+    async with database.reading() as session:
+        seen = dict((await session.execute(select(User.id, User.created_at))).all())
+        late = await session.scalars(select(User.id).where(User.created_at > moment + timedelta(hours=1)))
+        assert late.all() == ["bo"]
+    assert seen["ada"] == moment
+    assert seen["ada"].tzinfo is UTC
+    assert timedelta() <= now() - seen["bo"] < timedelta(minutes=1)
+
+
+async def test_who_reads_waits_for_no_writer(database: Database) -> None:
+    async with database.transaction() as writing:
+        writing.add(User(id="ada", name="Ada"))
+        await writing.flush()
+        async with asyncio.timeout(5), database.reading() as session:
+            assert await session.scalar(select(func.count()).select_from(User)) == 0
+
+
+async def test_many_writers_all_write(database_url: str, database: Database) -> None:
+    """Two handles on one database are as two processes are: nobody is refused, no write is lost."""
+    other = Database(database_url)
+
+    async def add_one(through: Database) -> None:
+        async with through.transaction() as session:
+            await session.execute(update(Queue).values(virtual_time=Queue.virtual_time + 1))
+
+    await asyncio.gather(*(add_one(through) for through in (database, other) for _ in range(50)))
+    async with database.reading() as session:
+        assert await session.scalar(select(Queue.virtual_time)) == 100
+    await other.close()
+
+
+async def test_a_server_that_is_away_is_told_so() -> None:
+    url = f"postgresql://sitter:hushhush@127.0.0.1:{free_port()}/sitter"
+    with pytest.raises(DatabaseUnavailable, match="refused") as refused:
+        migrate(url)
+    assert "hushhush" not in refused.value.detail + refused.value.hint
+    database = Database(url)
+    with pytest.raises(DatabaseUnavailable):
+        async with database.reading() as session:
+            await session.execute(select(User.id))
+    with pytest.raises(DatabaseUnavailable):
+        async with database.transaction():
+            pass
+    await database.close()
+
+
+async def test_goes_on_once_the_server_is_back(postgresql_programs: Path) -> None:
+    with PostgreSQL(postgresql_programs) as server:
+        migrate(server.url("postgres"))
+        database = Database(server.url("postgres"))
+
+        async def add_while_the_server_stops(how: Literal["INT", "QUIT"]) -> None:
+            async with database.transaction() as session:
+                session.add(User(id=how, name="never"))
+                await session.flush()
+                server.stop(how)
+
+        async def names() -> Sequence[str]:
+            async with database.reading() as session:
+                return (await session.scalars(select(User.id))).all()
+
+        ways: tuple[Literal["INT", "QUIT"], ...] = ("INT", "QUIT")
+        for how in ways:
+            with pytest.raises(DatabaseUnavailable):
+                await add_while_the_server_stops(how)
+            with pytest.raises(DatabaseUnavailable):
+                await names()
+            server.start()
+            assert await names() == []
+        await database.close()
+
+
+@pytest.fixture
+def locked(migrated_sqlite: Path, tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that holds the write lock of `tmp_path/sitter.db`."""
+    shutil.copy(migrated_sqlite, tmp_path / "sitter.db")
+    holding = sqlite3.connect(tmp_path / "sitter.db", isolation_level=None)
+    holding.execute("BEGIN IMMEDIATE")
+    yield holding
+    holding.close()
+
+
+async def test_a_file_that_stays_locked_is_told_so(
+    locked: sqlite3.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
+    database = Database(f"sqlite:///{tmp_path / 'sitter.db'}")
+    with pytest.raises(DatabaseUnavailable, match="locked"):
+        async with database.transaction():
+            pass
+    locked.execute("ROLLBACK")
+    async with database.transaction() as session:
+        session.add(User(id="ada", name="Ada"))
+    await database.close()
+
+
+@pytest.mark.usefixtures("locked")
+async def test_a_lock_does_not_keep_readers_out(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'sitter.db'}")
+    async with asyncio.timeout(5), database.reading() as session:
+        await session.execute(select(User.id))
+    await database.close()
+
+
+async def test_a_file_that_is_no_database_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "sitter.db").write_bytes(b"not a database, but long enough to be read as one" * 100)
+    with pytest.raises(DatabaseUnavailable, match="not a database"):
+        migrate(f"sqlite:///{tmp_path / 'sitter.db'}")
+
+
+async def test_a_folder_that_cannot_be_made_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatabaseUnavailable):
+        migrate(f"sqlite:///{tmp_path / 'file' / 'sitter.db'}")
+
+
+async def test_a_full_disk_is_told_so_and_leaves_the_file_whole(migrated_sqlite: Path, tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{shutil.copy(migrated_sqlite, tmp_path / 'sitter.db')}")
+
+    async def fill() -> None:
+        async with database.transaction() as session:
+            pages = await session.scalar(text("PRAGMA page_count"))
+            await session.execute(text(f"PRAGMA max_page_count={pages}"))
+            session.add(User(id="ada", name="A" * 1_000_000))
+
+    with pytest.raises(StorageFull):
+        await fill()
+    async with database.reading() as session:
+        assert await session.scalar(text("PRAGMA integrity_check")) == "ok"
+        assert (await session.scalars(select(User.id))).all() == []
+    await database.close()
