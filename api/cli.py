@@ -1,11 +1,12 @@
 """`sitter`: serve, generate, models, doctor."""
 
+import asyncio
 import os
 import platform
+import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, cast
@@ -14,27 +15,27 @@ import httpx2
 import typer
 import uvicorn
 from pydantic import ValidationError
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from api import __version__
-from api.config import DEFAULT_USER, Settings, SettingsError, load_settings
+from api.cli_people import console, errors_for_people, to_people
+from api.config import DEFAULT_USER, Settings, load_settings
+from api.domain.accounts import check_host
 from api.errors import SitterError, StorageUnavailable
 from api.model_service import ModelService
 from api.schemas import CacheResponse, GenerateRequest, Scheduler
-from api.wiring import open_service
+from api.wiring import GRACEFUL_SECONDS, Service, migrate_database, open_models, open_service, working
 
 app = typer.Typer(
     help="Draws people from their own fine-tuned models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
-to_people = Console(stderr=True, highlight=False)
+database = typer.Typer(help="The database.", no_args_is_help=True)
+app.add_typer(database, name="db")
 
-GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
 
 
@@ -68,14 +69,15 @@ def serve(
     """Start the HTTP server."""
     # The application reads its settings by itself, also under `uvicorn main:app`: options reach it as they do there.
     os.environ.update({name: str(value) for name, value in {"HOST": host, "PORT": port}.items() if value is not None})
-    with _errors_for_people():
+    with errors_for_people():
         settings = load_settings()
+        check_host(settings)
     config = uvicorn.Config(
         "api.main:app",
         host=settings.host,
         port=settings.port,
         log_level="warning" if settings.log_level == "info" else settings.log_level,
-        timeout_graceful_shutdown=GRACEFUL_SECONDS,
+        timeout_graceful_shutdown=int(GRACEFUL_SECONDS),
     )
     try:
         listening = config.bind_socket()  # first, so that a taken port is told at once
@@ -102,7 +104,7 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler_a, dpmpp_2m or unipc.")] = None,
 ) -> None:
     """Draw a picture without a server."""
-    with _errors_for_people():
+    with errors_for_people():
         request = GenerateRequest(
             prompt=prompt,
             user_id=user,
@@ -121,16 +123,52 @@ def generate(
         settings = load_settings(log_level="warning")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
-            open_service(settings) as service,
+            open_models(settings) as models,
             Progress(*columns, console=to_people, transient=True) as progress,
         ):
             bar = progress.add_task("loading", total=steps)
-            generation = service.models.generate(
+            generation = models.generate(
                 request,
-                lambda done, of: progress.update(bar, description="drawing", completed=done, total=of),
+                lambda step: progress.update(bar, description="drawing", completed=step.done, total=step.of),
             )
         output.write_bytes(generation.pngs[0])
         to_people.print(f"{output}: {generation.model_id}, seed {generation.seeds[0]}")
+
+
+@app.command()
+def worker(
+    jobs: Annotated[int, typer.Option(help="Jobs in hand at once.")] = 2,
+) -> None:
+    """Draw the jobs of the database, beside a server started with WORKERS=0 or on another machine."""
+    with errors_for_people():
+        settings = load_settings()
+        asyncio.run(_work(settings, jobs))
+    to_people.print("Stopped.")
+
+
+async def _work(settings: Settings, jobs: int) -> None:
+    async with open_service(settings) as service, working(service, jobs):
+        told = asyncio.Event()
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(kind, _end_or_leave, service, told)
+        to_people.print(f"Drawing up to {jobs} jobs at once. Ctrl-C ends it once they are done.")
+        await told.wait()
+
+
+def _end_or_leave(service: Service, told: asyncio.Event) -> None:
+    if told.is_set():
+        os._exit(1)  # told twice: at once
+    service.worker.drain()
+    told.set()
+
+
+@database.command("upgrade")
+def upgrade_database() -> None:
+    """Bring the database to this version's tables; `serve` and `worker` do so by themselves."""
+    with errors_for_people():
+        settings = load_settings()
+        migrate_database(settings)
+    to_people.print("The database is up to date.")
 
 
 @app.command()
@@ -138,7 +176,7 @@ def models(
     address: Annotated[str | None, typer.Option(help="The running server [http://HOST:PORT].")] = None,
 ) -> None:
     """Show which models the running server holds in memory."""
-    with _errors_for_people():
+    with errors_for_people():
         settings = load_settings()
         url = address or _url(settings.host, settings.port)
         try:
@@ -159,17 +197,17 @@ def models(
 @app.command()
 def doctor() -> None:
     """Say what this machine can do, and which models load, and why not."""
-    with _errors_for_people():
+    with errors_for_people():
         settings = load_settings(log_level="error")
-        with open_service(settings) as service:
-            engine = service.models.engine
+        with open_models(settings) as models:
+            engine = models.engine
             console.print(f"Sitter {__version__}, Python {platform.python_version()}, {platform.platform()}")
             console.print(", ".join(f"{name} {version(name)}" for name in LIBRARIES))
             console.print(f"device {engine.device}, {engine.dtype}, {engine.threads} CPU threads")
-            for device, budget in service.models.cache.budgets.items():
+            for device, budget in models.cache.budgets.items():
                 free = engine.free_bytes(device)
                 console.print(f"memory for models on {device}: {budget / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
-            failed = _try_models(settings, service.models)
+            failed = _try_models(settings, models)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -190,20 +228,3 @@ def _try_models(settings: Settings, service: ModelService) -> int:
         else:
             console.print(f"  [green]loads[/]  {user}: {source.model_id} in {took:.1f} s")
     return failed
-
-
-@contextmanager
-def _errors_for_people() -> Iterator[None]:
-    """Ends the command with a sentence and a hint instead of a traceback."""
-    try:
-        yield
-    except SitterError as error:
-        to_people.print(f"{escape(error.detail)}\n{escape(error.hint)}")
-        raise typer.Exit(1) from error
-    except SettingsError as error:
-        to_people.print(f"{escape(str(error))}\nThe README lists every setting.")
-        raise typer.Exit(2) from error
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        to_people.print(escape(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
-        raise typer.Exit(2) from error

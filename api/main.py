@@ -1,9 +1,12 @@
 """The HTTP server: `create_app(settings)` makes it, `python main.py` and `uvicorn main:app` run it."""
 
+import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import FrameType
 
 if __package__ in (None, ""):  # started from inside api/: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -12,12 +15,13 @@ from fastapi import FastAPI
 
 from api import __version__
 from api.config import Settings, SettingsError, load_settings
-from api.routes import cache, generate, health
+from api.domain.users import offer_setup
+from api.routes import accounts, admin, cache, generate, health, images, jobs, setup
 from api.routes.docs import add_docs
 from api.routes.errors import add_error_handlers
+from api.routes.guard import add_guard
 from api.routes.limits import BodyLimit
-from api.routes.service import Waiting
-from api.wiring import open_service
+from api.wiring import Service, open_service, working
 
 DESCRIPTION = """Draws people from their own fine-tuned models: `sks person` in a prompt is whoever `user_id` names.
 
@@ -29,10 +33,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with open_service(settings) as service:
+        async with open_service(settings) as service, working(service, settings.workers):
             app.state.service = service
-            app.state.waiting = Waiting(settings.max_waiting)
-            yield
+            await offer_setup(service.accounts)
+            with _draining_when_told(service):
+                yield
 
     app = FastAPI(
         title="Sitter",
@@ -45,10 +50,33 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(BodyLimit)
     add_error_handlers(app)
-    for room in (generate, health, cache):
+    for room in (generate, jobs, images, accounts, admin, setup, health, cache):
         app.include_router(room.router)
     add_docs(app)
+    add_guard(app, settings)
     return app
+
+
+@contextmanager
+def _draining_when_told(service: Service) -> Iterator[None]:
+    """Takes no more jobs from the moment the process is told to end, before the server has said its goodbyes."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's; tests have others
+        yield
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+
+    def told(kind: int, frame: FrameType | None) -> None:
+        service.worker.drain()
+        if callable(handler := before[signal.Signals(kind)]):
+            handler(kind, frame)
+
+    for kind in before:
+        signal.signal(kind, told)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def __getattr__(name: str) -> FastAPI:

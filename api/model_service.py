@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from api.engine.adapters import Adapter
     from api.engine.engine import Base, Engine
-    from api.engine.pipeline import Drawing, OnStep
+    from api.engine.pipeline import Drawing, OnStep, Step
     from api.engine.sources import FoundBase
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class Generation:
     model_id: str
     cache_hit: bool
     timings: Timings
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ class ModelService:
         """The models in memory, for reading; waits as `engine` does."""
         return self._started.result()[1]
 
-    def generate(self, request: GenerateRequest, on_step: "OnStep" = lambda done, of: None) -> Generation:
+    def generate(self, request: GenerateRequest, on_step: "OnStep" = lambda step: None) -> Generation:
         """Returns the pictures of `request`. Blocks until they are drawn: call it off the event loop.
 
         Args:
             request: what to draw, and for whom; a user without a model gets the default's.
-            on_step: called after each denoising step with (done, of), on the drawing thread.
+            on_step: called after each denoising step, on the drawing thread.
 
         Raises:
             SitterError: the model is unavailable, memory ran out, the picture is not one, or the server stops.
@@ -124,6 +125,12 @@ class ModelService:
         log.info("drawn", model=source.model_id, cache_hit=drawn.cache_hit, **timings.model_dump())
         seeds = [seed + index for index in range(len(pngs))]
         return Generation(pngs, seeds, source.model_id, drawn.cache_hit, timings)
+
+    def warm(self) -> frozenset[str]:
+        """Returns the ids of the models in memory; none while the engine starts."""
+        if not self._started.done() or self._started.exception() is not None:
+            return frozenset()
+        return frozenset(str(key) for key in self.cache.loaded())
 
     @contextmanager
     def lease(self, source: ModelSource) -> Iterator[LeasedModel]:
@@ -154,9 +161,9 @@ class ModelService:
         self._find(source).check_size(request.width, request.height)
         asked = time.perf_counter()
 
-        def step(done: int, of: int) -> None:
+        def checked_step(step: "Step") -> None:
             self._raise_if_stopping()
-            on_step(done, of)
+            on_step(step)
 
         # A model is in use only while it draws or is next: however many requests wait, the byte budget holds.
         with self._turns:
@@ -167,7 +174,7 @@ class ModelService:
 
                 def draw() -> "tuple[float, Drawing]":
                     self._raise_if_stopping()
-                    return time.perf_counter(), self.engine.draw(model.base, model.adapter, request, seed, step)
+                    return time.perf_counter(), self.engine.draw(model.base, model.adapter, request, seed, checked_step)
 
                 began, drawing = self._retried_without_idle(lambda: self._on_drawing_thread(draw))
                 queued = (turn - asked) + (began - leased)

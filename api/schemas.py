@@ -104,10 +104,10 @@ class Timings(BaseModel):
 class GeneratedImage(BaseModel):
     """One picture of an answer."""
 
-    image_id: str = Field(description="Name of the picture.", examples=["ada_20260107_143022"])
+    image_id: str = Field(description="Name of the picture.", examples=["019a9f3c2d1191b2c4e8d7f60a53"])
     image_base64: str = Field(description="The PNG, base64.", examples=["iVBORw0KGgo…"])
     image_path: str = Field(
-        description="Where the server keeps it.", examples=["/srv/sitter/api/output/ada_20260107_143022.png"]
+        description="Where the server keeps it.", examples=["/srv/sitter/api/output/ada_20260107_143022_3f21d07e.png"]
     )
     seed: int = Field(description="The seed that draws this picture again.", examples=[42])
 
@@ -120,18 +120,21 @@ class GenerateResponse(BaseModel):
     image_base64: str = Field(description="The first picture as PNG, base64.", examples=["iVBORw0KGgo…"])
     image_path: str = Field(
         description="Where the server keeps the first picture.",
-        examples=["/srv/sitter/api/output/ada_20260107_143022.png"],
+        examples=["/srv/sitter/api/output/ada_20260107_143022_3f21d07e.png"],
     )
     model_id: str = Field(description="The model that drew it.", examples=["models/sitters/ada"])
     generation_time: float = Field(
         description="Seconds from the request to the finished pictures, waiting and loading included.", examples=[1.45]
     )
-    image_id: str = Field(description="Name of the first picture.", examples=["ada_20260107_143022"])
+    image_id: str = Field(description="Name of the first picture.", examples=["019a9f3c2d1191b2c4e8d7f60a53"])
     seed: int = Field(description="Seed of the first picture.", examples=[42])
     cache: Literal["hit", "miss"] = Field(
         description="Whether the model was in memory already, or on its way there.", examples=["hit"]
     )
     timings: Timings = Field(description="Seconds by phase.")
+    job_id: str = Field(
+        description="The job that drew it, for GET /jobs/{id}.", examples=["019a9f3c2d10b1946ac93f21d07e"]
+    )
     images: list[GeneratedImage] = Field(description="Every picture, the first included.")
 
 

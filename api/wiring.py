@@ -1,16 +1,26 @@
 """Makes every object of the service once, and hands each only what it needs."""
 
+import asyncio
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import structlog
 
 from api.config import Settings
+from api.domain.accounts import Accounts
+from api.domain.generate import Studio
+from api.domain.submit import Desk
+from api.domain.wake import Wake
+from api.domain.worker import Worker
 from api.model_service import ModelService
+from api.store.database import Database, migrate
 from api.store.files import PictureFolder
+from api.store.vault import Vault, load_vault
+
+GRACEFUL_SECONDS = 7.0  # under the 10 that container runtimes wait before they kill
 
 
 @dataclass(frozen=True)
@@ -20,20 +30,62 @@ class Service:
     settings: Settings
     models: ModelService
     pictures: PictureFolder
+    database: Database
+    vault: Vault
+    accounts: Accounts
+    wake: Wake
+    desk: Desk
+    worker: Worker
+
+
+def migrate_database(settings: Settings) -> None:
+    """Brings the database to this version's tables."""
+    migrate(settings.database)
 
 
 @contextmanager
-def open_service(settings: Settings) -> Iterator[Service]:
-    """Opens the service inside the block; torch is imported in the background meanwhile."""
-    _configure_logging(settings.log_level)
+def open_models(settings: Settings) -> Iterator[ModelService]:
+    """Opens the models alone inside the block; torch is imported in the background meanwhile."""
+    configure_logging(settings.log_level)
     models = ModelService(settings)
     try:
-        yield Service(settings, models, PictureFolder(settings.output_dir))
+        yield models
     finally:
         models.close()
 
 
-def _configure_logging(level: str) -> None:
+@asynccontextmanager
+async def open_service(settings: Settings) -> AsyncIterator[Service]:
+    """Opens the service inside the block, over a database brought to this version; nothing is drawn yet."""
+    with open_models(settings) as models:
+        await asyncio.to_thread(migrate_database, settings)
+        database, vault, wake = Database(settings.database), load_vault(settings), Wake()
+        pictures = PictureFolder(settings.output_dir)
+        worker = Worker(settings, database, Studio(models, pictures, vault), wake)
+        desk = Desk(settings, database, vault, wake)
+        accounts = Accounts(settings, database, vault)
+        try:
+            yield Service(settings, models, pictures, database, vault, accounts, wake, desk, worker)
+        finally:
+            await database.close()
+
+
+@asynccontextmanager
+async def working(service: Service, slots: int) -> AsyncIterator[None]:
+    """Draws up to `slots` jobs at once inside the block; at its end what is in hand is finished or put back."""
+    if not slots:
+        yield
+        return
+    task = asyncio.create_task(service.worker.run(slots))
+    try:
+        yield
+    finally:
+        await service.worker.stop(GRACEFUL_SECONDS)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def configure_logging(level: str) -> None:
     """Sends structured lines to stderr: coloured for a terminal, JSON for a machine."""
     terminal = sys.stderr.isatty()
     # Local variables stay out of tracebacks: prompts are among them.

@@ -13,13 +13,13 @@ API = Path(__file__).parent.parent / "api"
 # files named together are one room. A folder is one room.
 FLOORS = """
 main
-routes | cli
+routes | cli cli_people cli_users cli_vault
 wiring
 domain
 providers
 model_service
 store | engine
-config errors schemas
+config errors schemas wire
 __init__ | test_api
 """
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from api.config import ModelSource
+from api.engine.pipeline import Step
 from api.engine.sources import FoundBase, count_values
 from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown, UnsupportedSize
 from api.model_service import ModelService
@@ -256,7 +257,7 @@ class StoppedError(Exception):
 
 
 def test_a_drawing_that_fails_leaves_its_models_free(service: ModelService) -> None:
-    def stop(done: int, of: int) -> None:
+    def stop(step: Step) -> None:
         raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -267,7 +268,7 @@ def test_a_drawing_that_fails_leaves_its_models_free(service: ModelService) -> N
 
 def test_on_step_counts(service: ModelService) -> None:
     seen: list[tuple[int, int]] = []
-    service.generate(builders.request(num_inference_steps=3), lambda done, of: seen.append((done, of)))
+    service.generate(builders.request(num_inference_steps=3), lambda step: seen.append((step.done, step.of)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -293,8 +294,8 @@ class Held:
         self.go_on = threading.Event()
         self.steps = 0
 
-    def __call__(self, done: int, of: int) -> None:
-        self.steps = done
+    def __call__(self, step: Step) -> None:
+        self.steps = step.done
         self.drawing.set()
         assert self.go_on.wait(WAIT)
 

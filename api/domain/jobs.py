@@ -5,20 +5,24 @@ writes nothing. It counts the row's heartbeat up while it lives; `Watchman` take
 still for a lease on the watchman's own monotonic clock: no wall clock is compared with another.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import CursorResult, case, func, select, update
+from sqlalchemy import CursorResult, case, func, literal, literal_column, null, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.errors import SitterError
 from api.store.database import Database
-from api.store.tables import Delivery, Image, ImageTag, Queue, Request, Usage, User, now
+from api.store.tables import Delivery, Image, ImageTag, Moment, Queue, Request, Usage, User, now
 
 MAX_CRASHES = 3
+# As literals: only so do both databases see that an index of the queued or running rows alone will do.
+QUEUED = Request.status == literal_column("'queued'")
+RUNNING = Request.status == literal_column("'running'")
 ORDER = (Request.priority.desc(), Request.start_tag, Request.id)
 
 
@@ -32,12 +36,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is; `preview` is a small JPEG, new since the last report, or None."""
+    """How far a job is; `preview` is a small JPEG of `preview_step`, new since the last report, or None."""
 
     phase: str
     step: int = 0
     step_count: int = 0
     preview: bytes | None = None
+    preview_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,16 @@ async def claim(
     """
     token = secrets.token_hex(16)
     async with database.transaction() as session:
-        queued = select(Request).where(
-            Request.status == "queued", Request.user_id.not_in(await _users_at_their_cap(session, max_running))
-        )
+        # One claim at a time: two at once would both count the same running jobs and pass a user's cap.
+        await session.execute(select(Queue.id).with_for_update())
+        queued = select(Request).where(QUEUED, Request.user_id.not_in(await _users_at_their_cap(session, max_running)))
         take = queued.order_by(*ORDER).limit(1).with_for_update(skip_locked=True)
         job = await session.scalar(take)
         if job is None:
             return None
         waited = (now() - job.created_at).total_seconds()
-        if job.model_id not in warm and waited < warm_first_seconds and warm:
+        # Less than nothing says that two clocks differ: nobody is overtaken for that.
+        if job.model_id not in warm and 0 <= waited < warm_first_seconds and warm:
             overtaking = take.where(Request.model_id.in_(warm), Request.priority == job.priority)
             job = await session.scalar(overtaking) or job
         job.status, job.token, job.worker, job.phase = "running", token, worker, "loading"
@@ -92,8 +98,8 @@ async def claim(
 
 async def _users_at_their_cap(session: AsyncSession, max_running: int) -> list[str]:
     running = select(User, func.count()).join(Request, Request.user_id == User.id)
-    rows = await session.execute(running.where(Request.status == "running").group_by(User.id))
-    caps = ((user.id, count, user.limits.get("max_running", max_running)) for user, count in rows)
+    rows = await session.execute(running.where(RUNNING).group_by(User.id))
+    caps = ((user.id, count, user.limits.get("running", max_running)) for user, count in rows)
     return [user for user, count, most in caps if most and count >= most]
 
 
@@ -113,7 +119,7 @@ async def beat(database: Database, claims: dict[str, tuple[str, Progress]]) -> t
                 "step_count": progress.step_count,
             }
             if progress.preview is not None:
-                values |= {"preview": progress.preview, "preview_step": progress.step}
+                values |= {"preview": progress.preview, "preview_step": progress.preview_step}
             wish = await session.scalar(_owned(job_id, token).values(values).returning(Request.cancel_requested))
             if wish is None:
                 lost.add(job_id)
@@ -137,7 +143,8 @@ async def publish(database: Database, claim: Claim, finished: Finished) -> bool:
             cache_hit=finished.cache_hit,
             timings=finished.timings,
             warnings=finished.warnings,
-            step=Request.step_count,
+            step=job.parameters["num_inference_steps"],
+            step_count=job.parameters["num_inference_steps"],
         )
         if not ended:
             return False
@@ -177,9 +184,7 @@ async def end_cancelled(database: Database, claim: Claim) -> bool:
 
 
 async def _end(session: AsyncSession, claim: Claim, **values: Any) -> bool:
-    ended = _owned(claim.job.id, claim.token).values(
-        token=None, phase=None, preview=None, finished_at=now(), revision=Request.revision + 1, **values
-    )
+    ended = _owned(claim.job.id, claim.token).values(finished_at=now(), **_ENDED, **values)
     if not _changed(await session.execute(ended)):
         return False
     if claim.job.webhook_url:
@@ -188,27 +193,33 @@ async def _end(session: AsyncSession, claim: Claim, **values: Any) -> bool:
 
 
 async def release(database: Database, claim: Claim, reason: SitterError | None = None) -> bool:
-    """Puts a running job back where it stood in the queue, with the reason why it waits, if there is one."""
+    """Puts a running job back where it stood in the queue, with the reason why it waits, if there is one.
+
+    Returns False when it is no longer this claim's.
+    """
     async with database.transaction() as session:
-        back = _owned(claim.job.id, claim.token).values(**_QUEUED_AGAIN, **_reason(reason))
-        return _changed(await session.execute(back))
+        return await _put_back(session, _owned(claim.job.id, claim.token), **_reason(reason))
 
 
 async def cancel(database: Database, job_id: str) -> None:
     """Ends a queued job, and asks the worker of a running one to stop; a finished one stays as it is."""
     async with database.transaction() as session:
-        waiting = update(Request).where(Request.id == job_id, Request.status == "queued")
-        ended = waiting.values(
-            status="cancelled", cancel_requested=True, finished_at=now(), revision=Request.revision + 1
-        )
-        row = (await session.execute(ended.returning(Request.user_id, Request.work, Request.webhook_url))).first()
+        owner = select(User.id).join(Request, Request.user_id == User.id).where(Request.id == job_id)
+        # Requests of this user wait meanwhile: their place depends on those before them.
+        user_id = await session.scalar(owner.with_for_update(of=User, key_share=True))
+        ended = update(Request).where(Request.id == job_id, QUEUED).values(status="cancelled", **_ENDED)
+        ended = ended.values(cancel_requested=True, finished_at=now())
+        row = (await session.execute(ended.returning(Request.start_tag, Request.work, Request.webhook_url))).first()
         if row is None:
-            running = update(Request).where(Request.id == job_id, Request.status == "running")
+            running = update(Request).where(Request.id == job_id, RUNNING)
             await session.execute(running.values(cancel_requested=True, revision=Request.revision + 1))
             return
-        # What is not drawn does not count against its user's turn.
-        refund = case((User.finish_tag > row.work, User.finish_tag - row.work), else_=0)
-        await session.execute(update(User).where(User.id == row.user_id).values(finish_tag=refund))
+        # What is not drawn does not count: its user's later jobs move up by its work, though not before the present.
+        present = await session.scalar(select(Queue.virtual_time)) or 0
+        later = update(Request).where(Request.user_id == user_id, QUEUED, Request.start_tag > row.start_tag)
+        for move, tag in ((later, Request.start_tag), (update(User).where(User.id == user_id), User.finish_tag)):
+            moved = case((tag - row.work > present, tag - row.work), else_=present)
+            await session.execute(move.where(tag > present).values({tag: moved}))
         if row.webhook_url:
             session.add(Delivery(request_id=job_id))
 
@@ -225,15 +236,20 @@ class Watchman:
     database: Database
     lease_seconds: float
     _seen: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)  # (id, token) → heartbeat, since
+    _looked: float = -math.inf
 
     async def look(self, own: Collection[str]) -> list[str]:
         """Looks once, leaving the jobs in `own` alone; returns the ids of those taken back."""
         async with self.database.reading() as session:
-            running = select(Request.id, Request.token, Request.heartbeat).where(Request.status == "running")
+            running = select(Request.id, Request.token, Request.heartbeat).where(RUNNING)
             rows = (await session.execute(running)).all()
         moment = time.monotonic()
-        seen = {}
+        if moment - self._looked > self.lease_seconds / 2:
+            self._seen = {}  # it could not look: it was paused, or the database was away, and no worker could beat
+        self._looked = moment
+        seen: dict[tuple[str, str], tuple[int, float]] = {}
         for job_id, token, heartbeat in rows:
+            assert token is not None  # a running job has one
             known = self._seen.get((job_id, token))
             seen[job_id, token] = known if known and known[0] == heartbeat else (heartbeat, moment)
         self._seen = seen
@@ -247,14 +263,11 @@ class Watchman:
     async def _take_back(self, job_id: str, token: str, heartbeat: int) -> bool:
         async with self.database.transaction() as session:
             lapsed = _owned(job_id, token).where(Request.heartbeat == heartbeat)
-            dead = lapsed.where(Request.crashes + 1 >= MAX_CRASHES).values(
+            dead = lapsed.where(Request.crashes + 1 >= MAX_CRASHES, Request.cancel_requested.is_(False)).values(
                 status="failed",
-                token=None,
-                phase=None,
-                preview=None,
                 crashes=Request.crashes + 1,
                 finished_at=now(),
-                revision=Request.revision + 1,
+                **_ENDED,
                 **_reason(SitterError(f"its worker died {MAX_CRASHES} times while drawing it")),
             )
             webhook = (await session.execute(dead.returning(Request.webhook_url))).first()
@@ -262,18 +275,27 @@ class Watchman:
                 if webhook[0]:
                     session.add(Delivery(request_id=job_id))
                 return True
-            again = lapsed.values(**_QUEUED_AGAIN, crashes=Request.crashes + 1)
-            return _changed(await session.execute(again))
+            return await _put_back(session, lapsed, crashes=Request.crashes + 1)
 
 
-_QUEUED_AGAIN: dict[str, Any] = {
-    "status": "queued",
-    "token": None,
-    "phase": None,
-    "preview": None,
-    "step": 0,
-    "revision": Request.revision + 1,
-}
+# What every end of a claim forgets and counts.
+_ENDED: dict[str, Any] = {"token": None, "phase": None, "preview": None, "revision": Request.revision + 1}
+
+
+async def _put_back(session: AsyncSession, owned: Any, **values: Any) -> bool:
+    """Makes the job of the update `owned` wait again, or ends it if that was wished. Returns False for no job."""
+    unwanted = Request.cancel_requested
+    back = owned.values(
+        status=case((unwanted, "cancelled"), else_="queued"),
+        finished_at=case((unwanted, literal(now(), Moment())), else_=null()),
+        step=0,
+        **_ENDED,
+        **values,
+    )
+    row = (await session.execute(back.returning(Request.id, Request.status, Request.webhook_url))).first()
+    if row is not None and row.status == "cancelled" and row.webhook_url:
+        session.add(Delivery(request_id=row.id))
+    return row is not None
 
 
 def _reason(error: SitterError | None) -> dict[str, str | None]:
@@ -283,7 +305,7 @@ def _reason(error: SitterError | None) -> dict[str, str | None]:
 
 
 def _owned(job_id: str, token: str) -> Any:
-    return update(Request).where(Request.id == job_id, Request.status == "running", Request.token == token)
+    return update(Request).where(Request.id == job_id, RUNNING, Request.token == token)
 
 
 def _changed(result: Any) -> bool:

@@ -173,6 +173,11 @@ class ModelCache(Generic[T]):
                 self._forget(entry)
             return before - self.used(), self.used()
 
+    def loaded(self) -> list[Hashable]:
+        """Returns the keys of the models that are loaded."""
+        with self._lock:
+            return [key for key, entry in self._entries.items() if entry in self._held]
+
     def count(self) -> int:
         """Returns how many models are held."""
         return len(self._held)

@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffusers import (
 from PIL import Image
 
 from api.engine.adapters import Adapter, applied
+from api.engine.preview import preview
 from api.errors import BadPicture, Blocked
 from api.schemas import GenerateRequest
 
@@ -28,7 +30,18 @@ SCHEDULERS: dict[str, type[Any]] = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
-OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step that is done: `done` of `of`, and what the first picture looks like, as a small JPEG."""
+
+    done: int
+    of: int
+    preview: Callable[[], bytes]
+
+
+OnStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ def draw(
         adapter: LoRA applied for this drawing, or None.
         request: what to draw.
         seed: where the noise comes from; drawn on the CPU, so that it is the same on every device.
-        on_step: called after each step with (done, of); whatever it raises ends the drawing.
+        on_step: called after each step; whatever it raises ends the drawing.
 
     Raises:
         BadPicture: latents or pixels are not finite.
@@ -70,7 +83,8 @@ def draw(
     own.set_progress_bar_config(disable=True)
 
     def after_step(_: Any, index: int, __: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        on_step(index + 1, own.num_timesteps)  # some schedulers take a step more than asked
+        look = partial(preview, tensors["latents"][0], own.vae)
+        on_step(Step(index + 1, own.num_timesteps, look))  # some schedulers take a step more than asked
         return tensors
 
     with torch.inference_mode(), applied(adapter, pipeline):

@@ -1,36 +1,66 @@
-"""POST /generate and /generate/image."""
+"""POST /generate and /generate/image: a job like every other, and the wait for its pictures."""
 
+import asyncio
+import base64
+import re
+import time
+from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Body, Response
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.responses import JSONResponse
 
-from api.domain.generate import generate
-from api.errors import InvalidRequest
+from api.domain import history
+from api.domain.history import ENDED, Seen
+from api.errors import Cancelled, InvalidRequest, NotFound, ShuttingDown, from_code
+from api.routes.caller import CallerDep, require
 from api.routes.errors import error_responses
-from api.routes.service import ServiceDep, WaitingDep
-from api.schemas import GenerateRequest, GenerateResponse
+from api.routes.jobs import IdempotencyKey, JobBody, accept, describe
+from api.routes.service import ServiceDep
+from api.schemas import GeneratedImage, GenerateResponse, Timings
+from api.wire.jobs import Job
+from api.wiring import Service
 
-router = APIRouter(tags=["Pictures"])
+router = APIRouter(tags=["Pictures"], dependencies=[Depends(require("draw"))])
 
-EXAMPLES: dict[str, Any] = {
-    "ada": {
-        "summary": "Ada as an astronaut, from her own model",
-        "value": {"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada", "seed": 42},
-    },
-    "anybody": {
-        "summary": "Somebody, from the default model",
-        "value": {"prompt": "a woman with long red hair and glasses as a wizard in a forest"},
-    },
+ERRORS: dict[int | str, dict[str, Any]] = {
+    **error_responses(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 507),
+    202: {"model": Job, "description": "Accepted, with `Prefer: respond-async`: look at /jobs/{id}."},
 }
-Drawn = Annotated[GenerateRequest, Body(openapi_examples=EXAMPLES)]
-ERRORS = error_responses(400, 413, 422, 500, 503, 507)
+Prefer = Annotated[
+    str | None,
+    Header(description="`respond-async` answers 202 with the job at once; `wait=20` after 20 seconds at the latest."),
+]
 
 
-@router.post("/generate", summary="Draw a picture: JSON", responses=ERRORS)
-async def generate_json(request: Drawn, service: ServiceDep, waiting: WaitingDep) -> GenerateResponse:
-    """Draws a picture with the user's own model; answers with the PNG in base64 and where it is kept."""
-    return (await waiting.run(lambda: generate(request, service.models, service.pictures))).response
+@dataclass(frozen=True)
+class _Finished:
+    """A job that succeeded, its PNGs, and the seconds since it was asked for."""
+
+    seen: Seen
+    pngs: list[bytes]
+    seconds: float
+
+
+@router.post("/generate", summary="Draw a picture: JSON", response_model=GenerateResponse, responses=ERRORS)
+async def generate_json(
+    request: JobBody,
+    http: Request,
+    service: ServiceDep,
+    caller: CallerDep,
+    idempotency_key: IdempotencyKey = None,
+    prefer: Prefer = None,
+) -> Any:
+    """Draws a picture with the user's own model; answers with the PNG in base64 and where it is kept.
+
+    The picture is drawn even when you do not wait for the answer: find it under /jobs and /images.
+    """
+    began = time.perf_counter()
+    job_id = await accept(request, service, caller, idempotency_key)
+    done = await _wait(http, service, caller, job_id, prefer, began)
+    return _describe(done, service) if isinstance(done, _Finished) else done
 
 
 @router.post(
@@ -46,18 +76,105 @@ async def generate_json(request: Drawn, service: ServiceDep, waiting: WaitingDep
                 "X-Model-Used": {"description": "The model that drew it.", "schema": {"type": "string"}},
                 "X-Generation-Time": {"description": "Seconds it took.", "schema": {"type": "number"}},
                 "X-Seed": {"description": "The seed that draws it again.", "schema": {"type": "integer"}},
+                "X-Job-Id": {"description": "Its job.", "schema": {"type": "string"}},
             },
         },
     },
 )
-async def generate_png(request: Drawn, service: ServiceDep, waiting: WaitingDep) -> Response:
+async def generate_png(
+    request: JobBody,
+    http: Request,
+    service: ServiceDep,
+    caller: CallerDep,
+    idempotency_key: IdempotencyKey = None,
+    prefer: Prefer = None,
+) -> Response:
     """Draws a picture as `/generate` does; answers with the PNG itself."""
+    began = time.perf_counter()
     if request.num_images != 1:
         raise InvalidRequest("/generate/image answers with one picture", "Leave num_images at 1, or use /generate.")
-    done = await waiting.run(lambda: generate(request, service.models, service.pictures))
+    job_id = await accept(request, service, caller, idempotency_key)
+    done = await _wait(http, service, caller, job_id, prefer, began)
+    if isinstance(done, Response):
+        return done
     headers = {
-        "X-Model-Used": quote(done.response.model_id, safe="/:@ "),  # a header is Latin-1, a path may be anything
-        "X-Generation-Time": f"{done.response.generation_time:.3f}",
-        "X-Seed": str(done.response.seed),
+        "X-Model-Used": quote(done.seen.job.model_id, safe="/:@ "),  # a header is Latin-1, a path may be anything
+        "X-Generation-Time": f"{done.seconds:.3f}",
+        "X-Seed": str(done.seen.images[0].seed),
+        "X-Job-Id": done.seen.job.id,
     }
-    return Response(done.png, media_type="image/png", headers=headers)
+    return Response(done.pngs[0], media_type="image/png", headers=headers)
+
+
+async def _wait(
+    http: Request, service: Service, caller: CallerDep, job_id: str, prefer: str | None, began: float
+) -> _Finished | Response:
+    """Returns the finished job; the answer 202 where the caller prefers not to wait so long.
+
+    Raises:
+        SitterError: the job failed or was cancelled, has to wait for room on the disk, or the server stops.
+    """
+    patience = _patience(prefer)
+    seen = await history.find(service.database, caller, job_id)
+    try:
+        while seen.job.status not in ENDED:
+            if seen.job.status == "queued" and seen.job.error_code is not None:
+                raise _failure(seen)  # it waits for room on the disk, which may take long
+            if service.worker.draining and seen.job.status == "queued":
+                raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.")
+            if time.perf_counter() - began >= patience or await http.is_disconnected():
+                location = {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}
+                return JSONResponse(describe(seen, service).model_dump(mode="json"), 202, location)
+            seen = await history.changed(service.wake, service.database, caller, seen)
+    except asyncio.CancelledError as error:  # by uvicorn, whose patience with what still runs is at its end
+        raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.") from error
+    if seen.job.status != "succeeded":
+        raise _failure(seen)
+    pngs = await anyio.to_thread.run_sync(_read, service, seen)
+    return _Finished(seen, pngs, time.perf_counter() - began)
+
+
+def _patience(prefer: str | None) -> float:
+    """Returns the seconds that a Prefer header (RFC 7240) is ready to wait."""
+    if prefer is None:
+        return float("inf")
+    if named := re.search(r"\bwait=(\d{1,6})\b", prefer):
+        return float(named[1])
+    return 0.0 if re.search(r"\brespond-async\b", prefer) else float("inf")
+
+
+def _failure(seen: Seen) -> Exception:
+    job = seen.job
+    if job.status == "cancelled":
+        return Cancelled("the job was cancelled")
+    return from_code(job.error_code or "", job.error_detail or "", job.error_hint or "")
+
+
+def _read(service: Service, seen: Seen) -> list[bytes]:
+    if not seen.images:
+        raise NotFound("the pictures of this job were deleted")
+    return [service.pictures.read(image.image_url) for image in seen.images]
+
+
+def _describe(done: _Finished, service: Service) -> GenerateResponse:
+    job = done.seen.job
+    images = [
+        GeneratedImage(
+            image_id=image.id,
+            image_base64=base64.b64encode(png).decode(),
+            image_path=str(service.pictures.path_of(image.image_url)),
+            seed=image.seed,
+        )
+        for image, png in zip(done.seen.images, done.pngs, strict=True)
+    ]
+    return GenerateResponse(
+        success=True,
+        message="Image generated successfully",
+        **images[0].model_dump(),
+        job_id=job.id,
+        model_id=job.model_id,
+        generation_time=round(done.seconds, 3),
+        cache="hit" if job.cache_hit else "miss",
+        timings=Timings.model_validate(job.timings),
+        images=images,
+    )

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from api.engine.adapters import load_adapter
-from api.engine.pipeline import SCHEDULERS, Drawing, draw
+from api.engine.pipeline import SCHEDULERS, Drawing, Step, draw
 from api.errors import BadPicture, Blocked
 from api.schemas import GenerateRequest
 from tests import builders
@@ -24,7 +24,7 @@ def base() -> StableDiffusionPipeline:
 
 
 def ours(base: StableDiffusionPipeline, seed: int = 7, **fields: Any) -> list[Image.Image]:
-    return draw(base, None, builders.request(**fields), seed, lambda done, of: None).images
+    return draw(base, None, builders.request(**fields), seed, lambda step: None).images
 
 
 def theirs(base: StableDiffusionPipeline, request: GenerateRequest, **arguments: Any) -> list[Image.Image]:
@@ -152,7 +152,7 @@ def test_a_decoder_that_overflows_in_half_precision_decodes_in_full(base: Stable
 
 def test_on_step_counts_from_one_to_the_last(base: StableDiffusionPipeline) -> None:
     seen: list[tuple[int, int]] = []
-    draw(base, None, builders.request(num_inference_steps=5), 7, lambda done, of: seen.append((done, of)))
+    draw(base, None, builders.request(num_inference_steps=5), 7, lambda step: seen.append((step.done, step.of)))
     assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
 
@@ -169,9 +169,9 @@ def test_what_on_step_raises_ends_the_drawing_and_leaves_the_base(
     parameters = {name: id(parameter) for name, parameter in base.unet.named_parameters()}
     steps: list[int] = []
 
-    def stop(done: int, of: int) -> None:
-        steps.append(done)
-        if done == 2:
+    def stop(step: Step) -> None:
+        steps.append(step.done)
+        if step.done == 2:
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -185,7 +185,7 @@ def test_the_adapter_draws_and_leaves(base: StableDiffusionPipeline, tmp_path: P
     factors = builders.factors(base.unet, builders.UNET_LAYERS)
     file = builders.diffusers_lora(tmp_path / "lora.safetensors", factors, {})
     plain = ours(base)
-    drawn = draw(base, load_adapter(file, base, 1.0), builders.request(), 7, lambda done, of: None).images
+    drawn = draw(base, load_adapter(file, base, 1.0), builders.request(), 7, lambda step: None).images
     assert difference(drawn, plain) > 10
     reference = builders.pipeline()
     reference.load_lora_weights(tmp_path, weight_name=file.name)
@@ -194,7 +194,7 @@ def test_the_adapter_draws_and_leaves(base: StableDiffusionPipeline, tmp_path: P
 
 
 def test_times_are_told(base: StableDiffusionPipeline) -> None:
-    drawing = draw(base, None, builders.request(), 7, lambda done, of: None)
+    drawing = draw(base, None, builders.request(), 7, lambda step: None)
     assert isinstance(drawing, Drawing)
     assert drawing.denoise_seconds > 0
     assert drawing.decode_seconds > 0
@@ -236,5 +236,5 @@ def test_the_safety_checker_of_the_model_has_the_last_word(
 def test_steps_are_counted_as_the_scheduler_takes_them(base: StableDiffusionPipeline) -> None:
     base.register_modules(scheduler=PNDMScheduler.from_config(builders.SCHEDULER, skip_prk_steps=True))
     seen: list[tuple[int, int]] = []
-    draw(base, None, builders.request(num_inference_steps=3), 7, lambda done, of: seen.append((done, of)))
+    draw(base, None, builders.request(num_inference_steps=3), 7, lambda step: seen.append((step.done, step.of)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)], "PNDM takes one step more"

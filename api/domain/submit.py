@@ -1,0 +1,200 @@
+"""Accepting a request: checked against its user's limits and written as a queued job, in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.config import Settings
+from api.domain import quota
+from api.domain.jobs import QUEUED
+from api.domain.wake import Wake
+from api.errors import Busy, KeyReused, NotAuthenticated, SitterError
+from api.schemas import GenerateRequest
+from api.store.database import Database
+from api.store.tables import Queue, Request, User
+from api.store.vault import Vault
+
+RANDOM_SEEDS = 2**32
+BATCH = 64  # requests in one transaction
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request as it came in, and how it shall be handled."""
+
+    request: GenerateRequest
+    user_id: str
+    sensitive: bool = False
+    tags: tuple[str, ...] = ()
+    category: str | None = None
+    priority: int = 0
+    webhook_url: str | None = None
+    idempotency_key: str | None = None
+
+
+class Desk:
+    """Accepts requests. Those that come together share a transaction: a disk syncs a hundred as fast as one.
+
+    Args:
+        settings: limits, models by user, what counts as sensitive.
+        database: where jobs are written.
+        vault: seals sensitive prompts.
+        wake: wakes the workers of this process.
+    """
+
+    def __init__(self, settings: Settings, database: Database, vault: Vault, wake: Wake) -> None:
+        self._settings = settings
+        self._database = database
+        self._vault = vault
+        self._wake = wake
+        self._waiting: list[_Waiting] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def submit(self, order: Order) -> Request:
+        """Writes the job of `order`, or returns the one that its Idempotency-Key made before.
+
+        Once this returns, the job will be drawn, whatever happens to the server.
+
+        Raises:
+            KeyReused: that key came with another body.
+            LimitReached: a limit of the user is used up.
+            Busy: the whole queue is full.
+            NotAuthenticated: the user is gone or disabled.
+            DatabaseUnavailable: nothing was accepted.
+        """
+        waiting = _Waiting(order, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write_waiting())
+        return await waiting.job
+
+    async def _write_waiting(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+            try:
+                await self._write(batch)
+            except DBAPIError:
+                # One spoils it for all, as when another process used its key meanwhile: one by one, then.
+                for waiting in batch:
+                    await self._write_alone(waiting)
+            except Exception as error:
+                for waiting in batch:
+                    _refuse(waiting, error)
+
+    async def _write_alone(self, waiting: _Waiting) -> None:
+        try:
+            await self._write([waiting])
+        except Exception as error:
+            _refuse(waiting, error)
+
+    async def _write(self, batch: Sequence[_Waiting]) -> None:
+        """Writes every order that may be accepted, or none. The answers are given after the commit."""
+        answers: list[tuple[_Waiting, Request | SitterError]] = []
+        async with self._database.transaction() as session:
+            # By user: two processes then lock the users' rows in the same order.
+            for waiting in sorted(batch, key=lambda waiting: waiting.order.user_id):
+                try:
+                    answers.append((waiting, await self._accept(session, waiting.order)))
+                except SitterError as refusal:
+                    answers.append((waiting, refusal))
+        for waiting, answer in answers:
+            if isinstance(answer, SitterError):
+                _refuse(waiting, answer)
+            elif not waiting.job.done():
+                waiting.job.set_result(answer)
+        self._wake.wake(Wake.QUEUE)
+
+    async def _accept(self, session: AsyncSession, order: Order) -> Request:
+        body = repr((order.request.model_dump_json(), order.sensitive, order.tags, order.category, order.webhook_url))
+        body_hash = self._vault.digest(body.encode())
+        if order.idempotency_key and (known := await _known(session, order, body_hash)):
+            return known
+        user, virtual_time, queued = await self._stand(session, order.user_id)
+        if queued >= self._settings.max_queued:
+            raise Busy(f"{queued} jobs are waiting already")
+        request = order.request
+        steps = request.num_images * request.num_inference_steps
+        await quota.check(session, user, self._settings, images=request.num_images, steps=steps)
+        start_tag = max(virtual_time, user.finish_tag)
+        user.finish_tag = start_tag + work(request)
+        seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
+        sensitive = order.sensitive or self._settings.sensitive_prompts
+        keep = self._vault.seal if sensitive else str
+        job = Request(
+            user_id=order.user_id,
+            description=keep(request.prompt),
+            negative_prompt=request.negative_prompt and keep(request.negative_prompt),
+            sensitive=sensitive,
+            parameters=request.model_dump(exclude={"prompt", "negative_prompt", "user_id"}) | {"seed": seed},
+            tags=list(order.tags),
+            category=order.category,
+            model_id=self._settings.source_for(order.user_id).model_id,
+            webhook_url=order.webhook_url,
+            idempotency_key=order.idempotency_key,
+            body_hash=body_hash,
+            priority=order.priority,
+            images=request.num_images,
+            steps=steps,
+            work=work(request),
+            start_tag=start_tag,
+        )
+        session.add(job)
+        await session.flush()
+        return job
+
+    async def _stand(self, session: AsyncSession, user_id: str) -> tuple[User, int, int]:
+        """Returns the user, whose row is held from here on, the queue's virtual time and how many jobs wait.
+
+        Two requests at once cannot both take a user's last place.
+        """
+        waiting = select(func.count()).where(QUEUED).scalar_subquery()
+        stand = select(User, select(Queue.virtual_time).scalar_subquery(), waiting).where(User.id == user_id)
+        row = (await session.execute(stand.with_for_update(of=User))).first()
+        if row is None and self._settings.auth == "open":
+            await quota.ensure_user(session, user_id)
+            row = (await session.execute(stand.with_for_update(of=User))).first()
+        if row is None or row[0].disabled:
+            raise NotAuthenticated("this user is not there any more, or is disabled")
+        return row[0], row[1], row[2]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An order, and whoever waits for its job."""
+
+    order: Order
+    job: asyncio.Future[Request]
+
+
+def _refuse(waiting: _Waiting, error: Exception) -> None:
+    if not waiting.job.done():
+        waiting.job.set_exception(error)
+
+
+async def _known(session: AsyncSession, order: Order, body_hash: str) -> Request | None:
+    same_key = (Request.user_id == order.user_id, Request.idempotency_key == order.idempotency_key)
+    job = await session.scalar(select(Request).where(*same_key))
+    if job is not None and job.body_hash != body_hash:
+        raise KeyReused("this Idempotency-Key was used for another request")
+    return job
+
+
+def work(request: GenerateRequest) -> int:
+    """Returns what a request costs the device: rows (2 with guidance, per picture) × steps × pixels."""
+    rows = request.num_images * (2 if request.guidance_scale > 1 else 1)
+    return rows * request.num_inference_steps * request.width * request.height
+
+
+def request_of(job: Request, vault: Vault) -> GenerateRequest:
+    """Returns what the job draws; its seed is fixed, so that it draws the same again."""
+    prompt, negative = job.description, job.negative_prompt
+    if job.sensitive:
+        prompt, negative = vault.open(prompt), vault.open(negative) if negative else negative
+    return GenerateRequest(user_id=job.user_id, prompt=prompt, negative_prompt=negative, **job.parameters)

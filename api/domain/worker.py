@@ -1,0 +1,243 @@
+"""The worker: claims jobs, has them drawn, and ends each exactly once, whatever happens in between."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from api.config import Settings
+from api.domain import jobs
+from api.domain.generate import Studio, generate
+from api.domain.jobs import Claim, Progress, Watchman
+from api.domain.wake import Wake
+from api.errors import Cancelled, DatabaseUnavailable, ShuttingDown, SitterError, StorageFull
+from api.store.database import Database
+
+if TYPE_CHECKING:
+    from api.engine.pipeline import Step
+
+log = structlog.get_logger()
+
+BEAT = "beat"  # the topic that has progress written, and wishes to cancel read, at once
+BEAT_SECONDS = 0.5
+PREVIEW_SECONDS = 1.0
+POLL_SECONDS = 1.0  # how often the queue is looked at for jobs of other processes
+FULL_DISK_SECONDS = 5.0  # between tries while the disk is full
+ROOM_BYTES = 16_000_000  # with less on the disk, nothing is begun
+RETRY_SECONDS = 0.5  # between tries while the database is away
+
+
+class LeaseLost(Exception):
+    """Somebody else has the job now: what this worker draws is nobody's."""
+
+
+@dataclass
+class _InHand:
+    """A job being drawn. The drawing thread writes `progress` and obeys `stop`; the event loop does the reverse."""
+
+    claim: Claim
+    progress: Progress = field(default_factory=lambda: Progress("loading"))
+    stop: Exception | None = None
+    next_preview: float = field(default_factory=lambda: time.monotonic() + PREVIEW_SECONDS)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def on_step(self, step: "Step") -> None:
+        if self.stop is not None:
+            raise self.stop
+        preview = None
+        if time.monotonic() >= self.next_preview and step.done < step.of:
+            preview = step.preview()
+            self.next_preview = time.monotonic() + PREVIEW_SECONDS
+        with self.lock:
+            self.progress = replace(self.progress, phase="drawing", step=step.done, step_count=step.of)
+            if preview is not None:
+                self.progress = replace(self.progress, preview=preview, preview_step=step.done)
+
+    def report(self) -> Progress:
+        """Returns the progress to be written; a preview is handed out once."""
+        with self.lock:
+            progress, self.progress = self.progress, replace(self.progress, preview=None)
+        return progress
+
+
+class Worker:
+    """Draws the jobs of one database on this machine.
+
+    Args:
+        settings: how many jobs at once, leases, the order of the queue.
+        database: where the queue is.
+        studio: what drawing needs.
+        wake: to be woken, and to wake those who watch.
+    """
+
+    def __init__(self, settings: Settings, database: Database, studio: Studio, wake: Wake) -> None:
+        self._settings = settings
+        self._database = database
+        self._studio = studio
+        self._wake = wake
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._in_hand: dict[str, _InHand] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._paused_until = 0.0
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._draining
+
+    @property
+    def in_hand(self) -> frozenset[str]:
+        """The ids of the jobs that it draws."""
+        return frozenset(self._in_hand)
+
+    def drain(self) -> None:
+        """Takes no more jobs from now on; those in hand go on. May be called from a signal handler."""
+        self._draining = True
+        self._wake.wake(Wake.QUEUE)
+
+    async def run(self, slots: int) -> None:
+        """Draws until it is cancelled; then `stop` ends what is in hand."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beat_forever())
+            group.create_task(self._watch_forever())
+            group.create_task(self._claim_forever(slots))
+
+    async def stop(self, seconds: float) -> None:
+        """Gives what is in hand `seconds` to finish, then puts it back into the queue."""
+        self.drain()
+        if self._running:
+            await asyncio.wait(self._running, timeout=seconds)
+        for job in self._in_hand.values():
+            job.stop = ShuttingDown("the server is stopping")
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def _claim_forever(self, slots: int) -> None:
+        free = asyncio.Semaphore(slots)
+        while not self._draining:
+            await free.acquire()
+            claim = None
+            try:
+                claim = await self._claim()
+            finally:
+                if claim is None:
+                    free.release()
+            if claim is None:
+                await self._wake.wait(Wake.QUEUE, POLL_SECONDS)
+                continue
+            # A task of its own: it outlives the end of this loop, see `stop`.
+            task = asyncio.create_task(self._draw(claim))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+            task.add_done_callback(lambda _: free.release())
+
+    async def _claim(self) -> Claim | None:
+        if self._draining or time.monotonic() < self._paused_until:
+            return None
+        if self._studio.pictures.free_bytes() < ROOM_BYTES:
+            return None
+        settings = self._settings
+        try:
+            return await jobs.claim(
+                self._database,
+                self._name,
+                self._studio.models.warm(),
+                settings.warm_first_seconds,
+                settings.limit_running,
+            )
+        except DatabaseUnavailable as error:
+            log.warning("database_unavailable", reason=error.detail)
+            return None
+
+    async def _draw(self, claim: Claim) -> None:
+        job = self._in_hand[claim.job.id] = _InHand(claim)
+        structlog.contextvars.bind_contextvars(job=claim.job.id, attempt=claim.job.attempt)
+        self._wake.wake(claim.job.id)
+        try:
+            await self._end(job, await self._outcome(job))
+        finally:
+            del self._in_hand[claim.job.id]
+            self._wake.wake(claim.job.id)
+            self._wake.wake(Wake.QUEUE)  # a place among its user's running jobs is free
+
+    async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]] | None:
+        """Draws, and returns how the job is to be ended; None when it is somebody else's."""
+        try:
+            finished = await generate(self._studio, job.claim.job, job.on_step)
+        except LeaseLost:
+            return None
+        except Exception as error:
+            return partial(self._end_undrawn, job.claim, error)
+        return partial(jobs.publish, self._database, job.claim, finished)
+
+    async def _end_undrawn(self, claim: Claim, error: Exception) -> bool:
+        match error:
+            case Cancelled():
+                return await jobs.end_cancelled(self._database, claim)
+            case ShuttingDown():
+                return await jobs.release(self._database, claim)
+            case StorageFull():
+                self._paused_until = time.monotonic() + FULL_DISK_SECONDS
+                return await jobs.release(self._database, claim, error)
+            case SitterError():
+                return await jobs.fail(self._database, claim, error)
+        log.error("unexpected_error", exc_info=error)
+        return await jobs.fail(self._database, claim, SitterError("something went wrong that should not"))
+
+    async def _end(self, job: _InHand, write: Callable[[], Awaitable[bool]] | None) -> None:
+        """Writes the end of the job, waiting for the database as long as the job is ours."""
+        while write is not None and not isinstance(job.stop, LeaseLost):
+            try:
+                if await write():
+                    return
+                break
+            except (DatabaseUnavailable, StorageFull) as error:
+                log.warning(error.code, reason=error.detail)
+                if isinstance(job.stop, ShuttingDown):
+                    break  # its lease lapses, and it runs again
+                await asyncio.sleep(RETRY_SECONDS)
+        log.warning("lease_lost")
+
+    async def _beat_forever(self) -> None:
+        pause = min(BEAT_SECONDS, self._settings.lease_seconds / 6)
+        while True:
+            await self._wake.wait(BEAT, pause)
+            claims = {}
+            for job_id, job in self._in_hand.items():
+                claims[job_id] = (job.claim.token, job.report())
+            if not claims:
+                continue
+            try:
+                lost, cancelled = await jobs.beat(self._database, claims)
+            except DatabaseUnavailable as error:
+                log.warning("database_unavailable", reason=error.detail)
+                continue
+            for job_id, job in self._in_hand.items():
+                if job_id in lost and job_id in claims:
+                    job.stop = LeaseLost()
+                elif job_id in cancelled and job.stop is None:
+                    job.stop = Cancelled("it was cancelled")
+                self._wake.wake(job_id)
+
+    async def _watch_forever(self) -> None:
+        watchman = Watchman(self._database, self._settings.lease_seconds)
+        while True:
+            await asyncio.sleep(self._settings.lease_seconds / 6)
+            try:
+                taken = await watchman.look(self._in_hand)
+            except DatabaseUnavailable as error:
+                log.warning("database_unavailable", reason=error.detail)
+                continue
+            for job_id in taken:
+                log.warning("lease_lapsed", job=job_id)
+                self._wake.wake(job_id)
+            if taken:
+                self._wake.wake(Wake.QUEUE)

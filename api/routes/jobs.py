@@ -1,0 +1,197 @@
+"""Jobs: make one, look at it, follow it live, cancel it."""
+
+import base64
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Header, Query, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from api.domain import history, jobs
+from api.domain.history import ENDED, Seen
+from api.domain.submit import Order
+from api.domain.worker import BEAT
+from api.errors import Forbidden
+from api.routes.caller import CallerDep, require
+from api.routes.errors import error_responses
+from api.routes.service import ServiceDep
+from api.schemas import ErrorResponse
+from api.wire.jobs import Job, JobImage, JobPage, JobRequest, Status
+from api.wiring import Service
+
+router = APIRouter(prefix="/jobs", tags=["Jobs"])
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        description="Any word of yours: the same key and body again answer with the same job, never a second one.",
+    ),
+]
+JobBody = Annotated[
+    JobRequest,
+    Body(
+        openapi_examples={
+            "ada": {
+                "summary": "Ada as an astronaut, from her own model",
+                "value": {"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada", "seed": 42},
+            }
+        }
+    ),
+]
+
+
+async def accept(request: JobRequest, service: Service, caller: CallerDep, idempotency_key: str | None) -> str:
+    """Accepts a request for whoever it may be made for; returns the id of its job."""
+    if request.priority > 0 and not caller.is_admin:
+        raise Forbidden("a priority above 0 is for administrators", "Leave priority away.")
+    named = request.user_id if "user_id" in request.model_fields_set else None
+    order = Order(
+        request.drawing(),
+        caller.acts_for(named),
+        sensitive=request.sensitive,
+        tags=tuple(request.tags),
+        category=request.category,
+        priority=request.priority,
+        webhook_url=request.webhook_url,
+        idempotency_key=idempotency_key,
+    )
+    return (await service.desk.submit(order)).id
+
+
+async def _seen(job_id: str, service: ServiceDep, caller: CallerDep) -> Seen:
+    return await history.find(service.database, caller, job_id)
+
+
+SeenDep = Annotated[Seen, Depends(_seen)]
+
+
+@router.post(
+    "",
+    status_code=202,
+    summary="Draw a picture, without waiting for it",
+    responses=error_responses(400, 401, 403, 413, 422, 429, 503, 507),
+    dependencies=[Depends(require("draw"))],
+)
+async def make_job(
+    request: JobBody,
+    service: ServiceDep,
+    caller: CallerDep,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Accepts a job: once this answers, the picture will be drawn, whatever happens to the server."""
+    job_id = await accept(request, service, caller, idempotency_key)
+    response.headers["Location"] = f"/jobs/{job_id}"
+    return describe(await history.find(service.database, caller, job_id), service)
+
+
+@router.get(
+    "",
+    summary="List jobs",
+    responses=error_responses(401, 403, 422),
+    dependencies=[Depends(require("read"))],
+)
+async def list_jobs(
+    service: ServiceDep,
+    caller: CallerDep,
+    status: Annotated[Status | None, Query(description="Those in this state alone.")] = None,
+    user_id: Annotated[str | None, Query(description="Whose; for administrators.", max_length=64)] = None,
+    before: Annotated[str | None, Query(description="Older than this job.", max_length=64)] = None,
+    limit: Annotated[int, Query(description="Most jobs on a page.", ge=1, le=100)] = 20,
+) -> JobPage:
+    """Lists your jobs, newest first, a page at a time."""
+    found = await history.page(service.database, caller, user_id, status, before, limit)
+    return JobPage(
+        jobs=[describe(seen, service) for seen in found],
+        before=found[-1].job.id if len(found) == limit else None,
+    )
+
+
+@router.get(
+    "/{job_id}",
+    summary="Look at a job",
+    responses=error_responses(401, 403, 404),
+    dependencies=[Depends(require("read"))],
+)
+async def show_job(seen: SeenDep, service: ServiceDep) -> Job:
+    """Says how far a job is, and where its pictures are."""
+    return describe(seen, service)
+
+
+@router.post(
+    "/{job_id}/cancel",
+    summary="Cancel a job",
+    responses=error_responses(401, 403, 404, 503),
+    dependencies=[Depends(require("draw"))],
+)
+async def cancel_job(seen: SeenDep, service: ServiceDep, caller: CallerDep) -> Job:
+    """Cancels a job: at once while it waits, within a step while it is drawn. An ended job stays as it is."""
+    await jobs.cancel(service.database, seen.job.id)
+    service.wake.wake(seen.job.id)
+    service.wake.wake(BEAT)
+    return describe(await history.find(service.database, caller, seen.job.id), service)
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="Follow a job live",
+    response_class=EventSourceResponse,
+    responses=error_responses(401, 403, 404),
+    dependencies=[Depends(require("read"))],
+)
+async def follow_job(
+    seen: SeenDep,
+    service: ServiceDep,
+    caller: CallerDep,
+    last_event_id: Annotated[int | None, Header(description="Go on after this event.", ge=0)] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Sends `queued`, `loading`, `step`, `preview`, and at the end `done`, `failed` or `cancelled`.
+
+    Every event's data is the job; a preview's is `{"step", "jpeg"}`, the picture so far in base64.
+    """
+    sent, preview_step, place = last_event_id, 0, None
+    while True:
+        job = seen.job
+        if job.revision != sent or seen.position != place:
+            yield ServerSentEvent(event=_event(seen), data=describe(seen, service), id=str(job.revision))
+            sent, place = job.revision, seen.position
+        if job.status in ENDED:
+            return
+        if job.preview_step > preview_step and (jpeg := await history.preview(service.database, job.id)):
+            preview_step = job.preview_step
+            data = {"step": preview_step, "jpeg": base64.b64encode(jpeg).decode()}
+            yield ServerSentEvent(event="preview", data=data, id=str(job.revision))
+        seen = await history.changed(service.wake, service.database, caller, seen)
+
+
+def _event(seen: Seen) -> str:
+    match seen.job.status:
+        case "succeeded":
+            return "done"
+        case "running":
+            return "step" if seen.job.phase == "drawing" else "loading"
+        case status:
+            return status
+
+
+def describe(seen: Seen, service: Service) -> Job:
+    """Returns the job as the wire shows it."""
+    job = seen.job
+    error = None
+    if job.error_code is not None:
+        error = ErrorResponse(error=job.error_code, detail=job.error_detail or "", hint=job.error_hint or "")
+    known: dict[str, Any] = {name: getattr(job, name) for name in Job.model_fields if hasattr(job, name)}
+    return Job.model_validate(
+        known
+        | {
+            "prompt": service.vault.open(job.description) if job.sensitive else job.description,
+            "num_images": job.images,
+            "steps": job.step_count,
+            "position": seen.position,
+            "eta_seconds": seen.eta_seconds,
+            "images": [JobImage(id=image.id, url=f"/images/{image.id}/file", seed=image.seed) for image in seen.images],
+            "error": error,
+        }
+    )
