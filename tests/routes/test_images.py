@@ -1,0 +1,162 @@
+import asyncio
+import hashlib
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from api.domain.accounts import ALL_SCOPES
+from api.routes import images
+from api.store.database import Database
+from api.wire.accounts import Scope
+from tests import people
+from tests.gallery import Gallery
+
+pytestmark = pytest.mark.anyio
+
+PNG = bytes(range(256)) * 400
+ETAG = f'"{hashlib.sha256(PNG).hexdigest()}"'
+
+
+@pytest.fixture
+async def gallery(database: Database, tmp_path: Path) -> Gallery:
+    for user_id, kind in (("ada", "user"), ("bo", "user"), ("root", "admin")):
+        await people.add_user(database, user_id, type=kind)
+    return Gallery(database, tmp_path / "output")
+
+
+async def client(gallery: Gallery, user_id: str, *scopes: Scope) -> httpx2.AsyncClient:
+    key = await people.add_key(gallery.database, user_id, scopes or ALL_SCOPES)
+    return people.client_of(gallery.app(images.router), key)
+
+
+async def test_pictures_are_listed_and_searched(gallery: Gallery) -> None:
+    astronaut = await gallery.hang("ada", "an astronaut", tags=("space",))
+    wizard = await gallery.hang("ada", "a wizard")
+    await gallery.hang("bo", "an astronaut")
+    today = wizard.created_at.date()
+    async with await client(gallery, "ada", "read") as ada:
+        for query, expected in {
+            "": [wizard.id, astronaut.id],
+            "words=ASTRO": [astronaut.id],
+            "tag=space": [astronaut.id],
+            "model=models/demo&limit=2": [wizard.id, astronaut.id],
+            f"before={wizard.id}": [astronaut.id],
+            "to=2025-01-01": [],
+            "from=2025-01-01&to=2999-12-31": [wizard.id, astronaut.id],
+            "from=2999-01-01T10:00:00": [],
+            f"to={today}": [wizard.id, astronaut.id],
+            f"to={today}T00:00:00Z": [],
+            f"from={today}T00:00:00-14:00&to={today}T00:00:00-14:00": [],
+            "from=2025-01-01T10:00:00%2B02:00&user_id=ada": [wizard.id, astronaut.id],
+        }.items():
+            answer = await ada.get(f"/images?{query}")
+            assert answer.status_code == 200, answer.text
+            assert [image["id"] for image in answer.json()["images"]] == expected, query
+        first = (await ada.get("/images?limit=1")).json()
+        assert first["before"] == wizard.id
+        assert (await ada.get(f"/images/{wizard.id}")).json() == first["images"][0]
+
+
+async def test_what_does_not_fit_is_told(gallery: Gallery) -> None:
+    wrong = ["before=1", f"before={'z' * 28}", "limit=0", "limit=101", "words=%00", "tag=%00", "model=a%00"]
+    wrong += ["user_id=%00", f"words={'a' * 201}", "from=soon", "from=2026-13-01", "to=9999-12-31"]
+    wrong += ["from=0001-01-01T00:00:00%2B14:00", "to=9999-12-31T23:00:00-14:00"]
+    async with await client(gallery, "ada") as ada:
+        for query in wrong:
+            answer = await ada.get(f"/images?{query}")
+            assert (answer.status_code, answer.json()["error"]) == (422, "invalid_request"), query
+
+
+async def test_others_and_strangers_are_kept_out(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=PNG)
+    app = gallery.app(images.router)
+    paths = [("GET", f"/images/{row.id}"), ("GET", f"/images/{row.id}/file"), ("DELETE", f"/images/{row.id}")]
+    async with people.client_of(app) as nobody, await client(gallery, "bo") as bo:
+        for method, path in paths:
+            assert (await nobody.request(method, path)).status_code == 401
+            assert (await bo.request(method, path)).status_code == 404
+        assert (await nobody.get("/images")).status_code == 401
+        assert (await bo.get("/images")).json()["images"] == []
+        assert (await bo.get("/images?user_id=ada")).status_code == 403
+    async with await client(gallery, "ada", "draw") as drawing, await client(gallery, "ada", "read") as reading:
+        assert {(await drawing.request(method, path)).status_code for method, path in paths} == {403}
+        assert (await reading.delete(paths[2][1])).status_code == 403
+    async with await client(gallery, "root") as root:
+        assert [image["user_id"] for image in (await root.get("/images")).json()["images"]] == ["ada"]
+        assert (await root.get("/images?user_id=bo")).json()["images"] == []
+        assert (await root.get(paths[1][1])).content == PNG
+
+
+async def test_a_picture_is_fetched_and_kept(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=PNG)
+    async with await client(gallery, "ada") as ada:
+        answer = await ada.get(f"/images/{row.id}/file")
+        assert (answer.status_code, answer.content) == (200, PNG)
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["etag"] == ETAG
+        assert answer.headers["cache-control"] == "private, max-age=31536000, immutable"
+        assert answer.headers["accept-ranges"] == "bytes"
+        assert answer.headers["content-disposition"] == f'inline; filename="{row.image_url}"'
+        saved = await ada.get(f"/images/{row.id}/file?download=true")
+        assert saved.headers["content-disposition"].startswith("attachment; ")
+        for known in (ETAG, f"W/{ETAG}", f'"other", {ETAG}', "*"):
+            again = await ada.get(f"/images/{row.id}/file", headers={"If-None-Match": known})
+            assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", ETAG)
+        fresh = await ada.get(f"/images/{row.id}/file", headers={"If-None-Match": '"other"'})
+        assert fresh.content == PNG
+
+
+PARTS: list[tuple[str, int, bytes | None]] = [
+    ("bytes=0-9", 206, PNG[:10]),
+    ("bytes=102399-", 206, PNG[-1:]),
+    ("bytes=-5", 206, PNG[-5:]),
+    ("bytes=-999999", 206, PNG),
+    ("bytes=5-999999", 206, PNG[5:]),
+    ("bytes=102400-", 416, None),
+    ("bytes=-0", 416, None),
+    ("bytes=9-3", 200, PNG),
+    ("bytes=0-1,5-6", 200, PNG),
+    ("bytes=" + ",".join("0-" for _ in range(5000)), 200, PNG),
+    ("bytes=" + "9" * 5000 + "-", 200, PNG),
+    ("lines=1-2", 200, PNG),
+    ("bytes=a-b", 200, PNG),
+    ("", 200, PNG),
+]
+
+
+async def test_parts_of_a_picture(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=PNG)
+    async with await client(gallery, "ada") as ada:
+        for part, status, content in PARTS:
+            answer = await ada.get(f"/images/{row.id}/file", headers={"Range": part})
+            assert answer.status_code == status, part
+            if content is None:
+                assert answer.json()["error"] == "range_not_satisfiable"
+                assert answer.headers["content-range"] == "bytes */102400"
+            else:
+                assert answer.content == content, part
+            assert (status in (206, 416)) == ("content-range" in answer.headers), part
+            changed = await ada.get(f"/images/{row.id}/file", headers={"Range": part, "If-Range": '"other"'})
+            assert (changed.status_code, changed.content) == (200, PNG), part
+            same = await ada.get(f"/images/{row.id}/file", headers={"Range": part, "If-Range": ETAG})
+            assert same.status_code == status, part
+
+
+async def test_a_deleted_picture_is_gone(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=PNG)
+    async with await client(gallery, "ada", "manage", "read") as ada:
+        answers = await asyncio.gather(*(ada.delete(f"/images/{row.id}") for _ in range(3)))
+        assert sorted(answer.status_code for answer in answers) in ([204, 404, 404], [204, 204, 404], [204, 204, 204])
+        assert (await ada.get(f"/images/{row.id}")).status_code == 404
+        assert (await ada.get(f"/images/{row.id}/file")).status_code == 404
+        assert (await ada.get("/images")).json() == {"images": [], "before": None}
+    assert not gallery.names()
+
+
+async def test_a_file_that_is_gone_is_not_found(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=PNG)
+    gallery.pictures.delete(row.image_url)
+    async with await client(gallery, "ada") as ada:
+        answer = await ada.get(f"/images/{row.id}/file")
+        assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
