@@ -73,3 +73,11 @@ async def make_worker(database: Database, studio: Studio, wake: Wake) -> AsyncIt
     yield make
     for worker in made:
         await worker.stop(0)
+
+
+@pytest.fixture
+async def other(database_url: str, anyio_backend: str) -> AsyncIterator[Database]:
+    """Another process's handle on the same database."""
+    opened = Database(database_url)
+    yield opened
+    await opened.close()
