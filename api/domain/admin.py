@@ -89,13 +89,12 @@ async def list_requests(
 ) -> RequestPage:
     """Returns requests of everybody or of one user, newest first, those before `before`."""
     wanted = select(Request).order_by(Request.id.desc()).limit(limit)
-    for value, condition in (
-        (user_id, Request.user_id == user_id),
-        (status, Request.status == status),
-        (before, Request.id < before),
-    ):
-        if value is not None:
-            wanted = wanted.where(condition)
+    if user_id is not None:
+        wanted = wanted.where(Request.user_id == user_id)
+    if status is not None:
+        wanted = wanted.where(Request.status == status)
+    if before is not None:
+        wanted = wanted.where(Request.id < before)
     async with database.reading() as session:
         found = list(await session.scalars(wanted))
     rows = [

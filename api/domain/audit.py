@@ -6,6 +6,7 @@ all that follow are made anew. Whoever noted a hash can tell even that, and whet
 
 import hashlib
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,17 +74,26 @@ async def verify(database: Database, known: str | None = None) -> Verified:
         known: a hash that was noted before, which one of the lines must have.
     """
     expected, head, found = 1, FIRST, known is None
-    async with database.reading() as session:
-        lines = await session.stream_scalars(
-            select(Audit).order_by(Audit.seq).execution_options(yield_per=LINES_AT_ONCE)
-        )
-        async for line in lines:
-            if line.seq != expected:
-                return Verified(expected - 1, head, expected, f"line {expected} is gone")
-            if line.previous_hash != head:
-                return Verified(expected - 1, head, expected, f"line {expected} does not follow the one before it")
-            if line.hash != seal(line):
-                return Verified(expected - 1, head, expected, f"line {expected} was changed")
-            expected, head, found = expected + 1, line.hash, found or line.hash == known
+    async for line in _lines(database):
+        if line.seq != expected:
+            return Verified(expected - 1, head, expected, f"line {expected} is gone")
+        if line.previous_hash != head:
+            return Verified(expected - 1, head, expected, f"line {expected} does not follow the one before it")
+        if line.hash != seal(line):
+            return Verified(expected - 1, head, expected, f"line {expected} was changed")
+        expected, head, found = expected + 1, line.hash, found or line.hash == known
     wrong = None if found else "no line has the hash that was noted: the end was cut off, or all was made anew"
     return Verified(expected - 1, head, None if found else expected, wrong)
+
+
+async def _lines(database: Database) -> AsyncIterator[Audit]:
+    page = select(Audit).order_by(Audit.seq).limit(LINES_AT_ONCE)
+    wanted = page
+    while True:
+        async with database.reading() as session:
+            lines = list(await session.scalars(wanted))
+        for line in lines:
+            yield line
+        if len(lines) < LINES_AT_ONCE:
+            return
+        wanted = page.where(Audit.seq > lines[-1].seq)

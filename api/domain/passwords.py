@@ -22,10 +22,14 @@ MOST_WAITING = 64
 
 
 class Passwords:
-    """Hashes and checks passwords, two at once."""
+    """Hashes and checks passwords, two at once.
 
-    def __init__(self) -> None:
-        self._argon2 = PasswordHash((Argon2Hasher(),))
+    Args:
+        argon2: how dear a guess is; the library's own parameters (RFC 9106, the second recommended).
+    """
+
+    def __init__(self, argon2: Argon2Hasher | None = None) -> None:
+        self._argon2 = PasswordHash((argon2 or Argon2Hasher(),))
         self._threads = CapacityLimiter(AT_ONCE)
         self._waiting = 0
         self._nobodys: str | None = None

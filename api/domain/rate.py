@@ -35,8 +35,9 @@ class Limiter:
         )
 
     async def left(self, user_id: str, per_minute: int) -> Left:
-        """Returns what is left of this minute."""
+        """Returns what is left of this minute, and when some of it comes back."""
         if not per_minute:
             return Left(0, 0)
         stats = await self._windows.get_window_stats(RateLimitItemPerMinute(per_minute), user_id)
-        return Left(per_minute, per_minute - stats.remaining, datetime.fromtimestamp(stats.reset_time, UTC))
+        used = per_minute - stats.remaining
+        return Left(per_minute, used, datetime.fromtimestamp(stats.reset_time, UTC) if used else None)

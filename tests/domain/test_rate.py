@@ -1,0 +1,26 @@
+import pytest
+
+from api.domain.rate import Limiter
+from api.errors import LimitReached
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_one_too_many_is_told_when_there_is_room_again() -> None:
+    limiter = Limiter()
+    for _ in range(3):
+        await limiter.hit("ada", 3)
+    with pytest.raises(LimitReached, match=r"3 requests a minute.*requests_per_minute") as caught:
+        await limiter.hit("ada", 3)
+    assert 1 <= (caught.value.retry_after_seconds or 0) <= 120
+    left = await limiter.left("ada", 3)
+    assert (left.limit, left.used, left.left) == (3, 3, 0)
+
+
+async def test_users_do_not_share_and_0_is_no_limit() -> None:
+    limiter = Limiter()
+    await limiter.hit("ada", 1)
+    await limiter.hit("bo", 1)
+    for _ in range(100):
+        await limiter.hit("ada", 0)
+    assert (await limiter.left("ada", 0)).left is None
