@@ -175,9 +175,7 @@ class Settings(BaseSettings):
         le=3600,
         description="Jobs of models in memory may overtake the head of the queue while it has waited less than this.",
     )
-    max_queued: int = Field(
-        default=20_000, ge=1, description="Jobs in the whole queue; more get 503 `busy`."
-    )
+    max_queued: int = Field(default=20_000, ge=1, description="Jobs in the whole queue; more get 503 `busy`.")
     limit_queued: int = Field(default=100, ge=0, description="Jobs one user may have waiting; 0 is no limit.")
     limit_running: int = Field(default=4, ge=0, description="Jobs of one user that may run at once; 0 is no limit.")
     limit_requests_per_minute: int = Field(
@@ -191,6 +189,12 @@ class Settings(BaseSettings):
     )
     sensitive_prompts: bool = Field(
         default=False, description="Treat every prompt as sensitive: encrypted at rest, in no file, log or search."
+    )
+    webhook_allow_private: bool = Field(
+        default=False, description="Let webhooks go to private and loopback addresses too, in a network of one's own."
+    )
+    metrics_token: SecretStr | None = Field(
+        default=None, description="A token that reads /metrics besides administrators, as `Authorization: Bearer …`."
     )
     secret_keys: list[SecretStr] = Field(
         default_factory=list,

@@ -183,6 +183,15 @@ class DatabaseUnavailable(SitterError):
     retry_after_seconds = 5
 
 
+class NotReady(SitterError):
+    """The server should be sent no requests now; the detail says why."""
+
+    status = 503
+    code = "not_ready"
+    hint = "Send requests to another server, or wait; /health/live says whether this one has to be started anew."
+    retry_after_seconds = 5
+
+
 def from_code(code: str, detail: str, hint: str) -> SitterError:
     """Returns the error that was kept as `code`, `detail` and `hint`."""
     kinds = [SitterError]

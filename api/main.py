@@ -15,25 +15,29 @@ from fastapi import FastAPI
 
 from api import __version__
 from api.config import Settings, SettingsError, load_settings
+from api.domain.metrics import Metrics
 from api.domain.users import offer_setup
-from api.routes import accounts, admin, cache, generate, health, images, jobs, setup
+from api.model_service import ModelService
+from api.routes import accounts, admin, cache, generate, health, images, jobs, metrics, setup
 from api.routes.docs import add_docs
-from api.routes.errors import add_error_handlers
+from api.routes.errors import add_error_handlers, error_responses
 from api.routes.guard import add_guard
 from api.routes.limits import BodyLimit
-from api.wiring import Service, open_service, working
+from api.routes.observed import Observed
+from api.wiring import MakeModels, Service, open_service, working
 
 DESCRIPTION = """Draws people from their own fine-tuned models: `sks person` in a prompt is whoever `user_id` names.
 
 Every error has one shape: `{"error": code, "detail": what happened, "hint": what to do}`."""
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, models: MakeModels = ModelService) -> FastAPI:
     """Returns the application. The service opens with its lifespan; torch is imported in the background then."""
+    counters = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_service(settings) as service, working(service, settings.workers):
+        async with open_service(settings, counters, models) as service, working(service, settings.workers):
             app.state.service = service
             await offer_setup(service.accounts)
             with _draining_when_told(service):
@@ -47,13 +51,15 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        responses=error_responses(400, 401, 403, 413, 422, 429, 500, 503),  # what any route may answer
     )
     app.add_middleware(BodyLimit)
     add_error_handlers(app)
-    for room in (generate, jobs, images, accounts, admin, setup, health, cache):
+    for room in (generate, jobs, images, accounts, admin, setup, health, metrics, cache):
         app.include_router(room.router)
     add_docs(app)
     add_guard(app, settings)
+    app.add_middleware(Observed, metrics=counters)  # last, so that it sees every answer
     return app
 
 

@@ -51,6 +51,15 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """How many models are in memory, and device → bytes that they take and may take."""
+
+    models: int
+    used_bytes: dict[str, int]
+    budget_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
 class LeasedModel:
     """What draws for a user: a base and perhaps an adapter, both held in memory."""
 
@@ -132,6 +141,18 @@ class ModelService:
             return frozenset()
         return frozenset(str(key) for key in self.cache.loaded())
 
+    def memory(self) -> Memory | None:
+        """Returns what the models in memory take and may take; None while the engine starts."""
+        if not self._started.done() or self._started.exception() is not None:
+            return None
+        budgets = self.cache.budgets
+        return Memory(self.cache.count(), {device: self.cache.used(device) for device in budgets}, budgets)
+
+    def check_device(self) -> None:
+        """Raises EngineUnavailable when nothing can be drawn any more; says nothing while the engine starts."""
+        if self._started.done():
+            self.engine.check_device()
+
     @contextmanager
     def lease(self, source: ModelSource) -> Iterator[LeasedModel]:
         """Holds the model of `source` in memory inside the block, loading it if need be.
@@ -143,6 +164,15 @@ class ModelService:
         """
         with ExitStack() as leases:
             yield self._acquire(source, leases)
+
+    def forget(self, user_id: str) -> None:
+        """Drops the model of `user_id` from memory once it is not used; what others draw with stays."""
+        if self.warm():
+            others = {source for user, source in self._settings.user_models.items() if user != user_id}
+            others |= {source.without_lora() for source in others}
+            own = self._settings.source_for(user_id)
+            for source in {own, own.without_lora()} - others:
+                self.cache.drop(source)
 
     def clear_cache(self) -> tuple[int, int]:
         """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""

@@ -132,6 +132,7 @@ class GenerateResponse(BaseModel):
         description="Whether the model was in memory already, or on its way there.", examples=["hit"]
     )
     timings: Timings = Field(description="Seconds by phase.")
+    warnings: list[str] = Field(description="What was not as asked, in words; empty as a rule.", examples=[[]])
     job_id: str = Field(
         description="The job that drew it, for GET /jobs/{id}.", examples=["019a9f3c2d10b1946ac93f21d07e"]
     )

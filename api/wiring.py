@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ import structlog
 from api.config import Settings
 from api.domain.accounts import Accounts
 from api.domain.generate import Studio
+from api.domain.metrics import Metrics
+from api.domain.readiness import Readiness
 from api.domain.submit import Desk
 from api.domain.wake import Wake
 from api.domain.worker import Worker
@@ -20,6 +22,7 @@ from api.store.database import Database, migrate
 from api.store.files import PictureFolder
 from api.store.vault import Vault, load_vault
 
+MakeModels = Callable[[Settings], ModelService]
 GRACEFUL_SECONDS = 7.0  # under the 10 that container runtimes wait before they kill
 
 
@@ -36,6 +39,8 @@ class Service:
     wake: Wake
     desk: Desk
     worker: Worker
+    metrics: Metrics
+    readiness: Readiness
 
 
 def migrate_database(settings: Settings) -> None:
@@ -44,10 +49,10 @@ def migrate_database(settings: Settings) -> None:
 
 
 @contextmanager
-def open_models(settings: Settings) -> Iterator[ModelService]:
+def open_models(settings: Settings, make: MakeModels = ModelService) -> Iterator[ModelService]:
     """Opens the models alone inside the block; torch is imported in the background meanwhile."""
     configure_logging(settings.log_level)
-    models = ModelService(settings)
+    models = make(settings)
     try:
         yield models
     finally:
@@ -55,17 +60,29 @@ def open_models(settings: Settings) -> Iterator[ModelService]:
 
 
 @asynccontextmanager
-async def open_service(settings: Settings) -> AsyncIterator[Service]:
-    """Opens the service inside the block, over a database brought to this version; nothing is drawn yet."""
-    with open_models(settings) as models:
+async def open_service(
+    settings: Settings, metrics: Metrics | None = None, make_models: MakeModels = ModelService
+) -> AsyncIterator[Service]:
+    """Opens the service inside the block, over a database brought to this version; nothing is drawn yet.
+
+    Args:
+        settings: everything that can be set.
+        metrics: where it counts, if somebody else counts there too.
+        make_models: makes what draws.
+    """
+    metrics = metrics or Metrics()
+    with open_models(settings, make_models) as models:
         await asyncio.to_thread(migrate_database, settings)
-        database, vault, wake = Database(settings.database), load_vault(settings), Wake()
+        metrics.watch(models)
+        database = Database(settings.database, metrics.database_failed)
+        vault, wake = load_vault(settings), Wake()
         pictures = PictureFolder(settings.output_dir)
         worker = Worker(settings, database, Studio(models, pictures, vault), wake)
         desk = Desk(settings, database, vault, wake)
         accounts = Accounts(settings, database, vault)
+        readiness = Readiness(database, models, pictures, worker, draws=settings.workers > 0)
         try:
-            yield Service(settings, models, pictures, database, vault, accounts, wake, desk, worker)
+            yield Service(settings, models, pictures, database, vault, accounts, wake, desk, worker, metrics, readiness)
         finally:
             await database.close()
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from datetime import timedelta
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain import audit
@@ -12,7 +12,7 @@ from api.errors import Conflict, NotFound
 from api.store.tables import ApiKey, User, now
 from api.wire.accounts import Key, MadeKey, Scope
 
-MOST_KEYS = 100  # of a user, not revoked
+MOST_KEYS = 100  # of a user that are in force
 
 
 async def add_key(
@@ -26,7 +26,8 @@ async def add_key(
     """
     if await session.scalar(select(User.id).where(User.id == user_id)) is None:
         raise NotFound(f"there is no user {user_id}")
-    alive = select(func.count()).where(ApiKey.user_id == user_id, ApiKey.revoked_at.is_(None))
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now())
+    alive = select(func.count()).where(ApiKey.user_id == user_id, ApiKey.revoked_at.is_(None), unexpired)
     if (await session.scalar(alive) or 0) >= MOST_KEYS:
         raise Conflict(f"{user_id} has {MOST_KEYS} keys already", "Revoke one that is not needed any more.")
     secret = make_key()

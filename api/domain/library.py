@@ -100,6 +100,14 @@ async def page(
         return await _described(session, vault, caller, listed)
 
 
+async def after(
+    session: AsyncSession, vault: Vault, caller: Caller, user_id: str, last: str, limit: int
+) -> list[Image]:
+    """Returns up to `limit` of a user's pictures that are newer than the picture `last`, oldest first."""
+    newer = _with_request().where(tables.Image.user_id == user_id, tables.Image.id > last)
+    return await _described(session, vault, caller, newer.order_by(tables.Image.id).limit(limit))
+
+
 async def find(database: Database, vault: Vault, caller: Caller, image_id: str) -> Image:
     """Returns the picture.
 

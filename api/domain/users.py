@@ -60,7 +60,7 @@ async def change_user(
     if user is None:
         raise NotFound(f"there is no user {user_id}")
     if user.type == "admin" and not user.disabled and (change.disabled or change.type == "user"):
-        await _stays_administrated(session, user_id)
+        await stays_administrated(session, user_id)
     detail: dict[str, Any] = {}
     for name in ("name", "login", "type", "disabled"):
         value = getattr(change, name)
@@ -87,7 +87,8 @@ def _action(detail: dict[str, Any]) -> str:
     return {"limits": "limits.changed", "password": "password.reset"}.get("+".join(detail), "user.changed")
 
 
-async def _stays_administrated(session: AsyncSession, leaving: str) -> None:
+async def stays_administrated(session: AsyncSession, leaving: str) -> None:
+    """Raises Conflict when nobody but `leaving` administrates."""
     admins = select(User.id).where(User.type == "admin", User.disabled.is_(False)).order_by(User.id)
     if not [one for one in await session.scalars(admins.with_for_update()) if one != leaving]:
         raise Conflict(f"{leaving} is the only administrator", "Make another one first.")

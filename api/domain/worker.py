@@ -30,7 +30,6 @@ BEAT_SECONDS = 0.5
 PREVIEW_SECONDS = 1.0
 POLL_SECONDS = 1.0  # how often the queue is looked at for jobs of other processes
 FULL_DISK_SECONDS = 5.0  # between tries while the disk is full
-ROOM_BYTES = 16_000_000  # with less on the disk, nothing is begun
 RETRY_SECONDS = 0.5  # between tries while the database is away
 
 
@@ -142,10 +141,9 @@ class Worker:
     async def _claim(self) -> Claim | None:
         if self._draining or time.monotonic() < self._paused_until:
             return None
-        if self._studio.pictures.free_bytes() < ROOM_BYTES:
-            return None
         settings = self._settings
         try:
+            self._studio.pictures.require_room()
             return await jobs.claim(
                 self._database,
                 self._name,
@@ -153,8 +151,8 @@ class Worker:
                 settings.warm_first_seconds,
                 settings.limit_running,
             )
-        except DatabaseUnavailable as error:
-            log.warning("database_unavailable", reason=error.detail)
+        except (DatabaseUnavailable, StorageFull) as error:
+            log.warning(error.code, reason=error.detail)
             return None
 
     async def _draw(self, claim: Claim) -> None:

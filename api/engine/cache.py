@@ -165,6 +165,12 @@ class ModelCache(Generic[T]):
                     self._forget(entry)
             return before - self.used()
 
+    def drop(self, key: Hashable) -> None:
+        """Drops one model, if it is there, as soon as nobody uses it."""
+        with self._lock:
+            if (entry := self._entries.get(key)) is not None:
+                self._forget(entry)
+
     def clear(self) -> tuple[int, int]:
         """Drops every model: returns bytes freed now, and bytes in use that follow at their last release."""
         with self._lock:

@@ -19,7 +19,7 @@ from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.cache import Loaded
 from api.engine.pipeline import Drawing, OnStep, draw
 from api.engine.sources import FoundBase
-from api.errors import OutOfMemory
+from api.errors import EngineUnavailable, OutOfMemory
 from api.schemas import GenerateRequest
 
 HOST_SHARE = 0.5
@@ -65,6 +65,16 @@ class Engine:
         if device == "cuda":
             return int(torch.cuda.mem_get_info()[0])
         return int(min(psutil.virtual_memory().available, _container_free_bytes()))  # an Apple GPU shares the host's
+
+    def check_device(self) -> None:
+        """Raises EngineUnavailable when the device can draw no more; never waits for a drawing."""
+        try:  # after a sticky error every call to the driver fails
+            if self.device == "cuda":
+                torch.cuda.mem_get_info()
+            elif self.device == "mps":
+                torch.mps.driver_allocated_memory()
+        except RuntimeError as error:
+            raise EngineUnavailable(f"the GPU has failed: {str(error).splitlines()[0]}") from error
 
     def budgets(self) -> dict[str, int]:
         """Returns device → bytes that models may take: as set, else a share of what is free now."""

@@ -1,13 +1,14 @@
 """GET and DELETE /cache: the models in memory."""
 
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from api.model_service import ModelService
+from api.routes.caller import require
 from api.routes.service import ServiceDep
 from api.schemas import CacheCleared, CachedModel, CacheResponse
 
-router = APIRouter(prefix="/cache", tags=["Service"])
+router = APIRouter(prefix="/cache", tags=["Service"], dependencies=[Depends(require("admin"))])
 
 
 @router.get("", summary="Show the models in memory")

@@ -14,8 +14,8 @@ COOKIE = "sitter_session"
 CSRF_HEADER = "X-CSRF-Token"
 SAFE = {"GET", "HEAD", "OPTIONS"}
 
-_bearer = HTTPBearer(auto_error=False, description="An API key (`sk_…`), or the token that POST /auth/login answers.")
-_cookie = APIKeyCookie(
+bearer = HTTPBearer(auto_error=False, description="An API key (`sk_…`), or the token that POST /auth/login answers.")
+session_cookie = APIKeyCookie(
     name=COOKIE,
     auto_error=False,
     description=f"The session of the web page. What changes something needs `{CSRF_HEADER}` besides.",
@@ -33,8 +33,8 @@ AccountsDep = Annotated[Accounts, Depends(get_accounts)]
 async def get_caller(
     request: Request,
     accounts: AccountsDep,
-    _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
-    cookie: Annotated[str | None, Security(_cookie)],
+    _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    cookie: Annotated[str | None, Security(session_cookie)],
 ) -> Caller:
     """Returns the caller, counting the request against their limit.
 

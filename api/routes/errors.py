@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from api.errors import InvalidRequest, NotAuthenticated, SitterError
+from api.routes.observed import HEADER
 from api.schemas import ErrorResponse
 
 log = structlog.get_logger()
@@ -75,6 +76,8 @@ async def _http(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body.model_dump(), status_code=error.status_code, headers=error.headers)
 
 
-async def _unexpected(_: Request, error: Exception) -> JSONResponse:
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     log.error("unexpected_error", exc_info=error)
-    return error_answer(SitterError("something went wrong that should not"))
+    # This answer is made outside of every middleware, `Observed` too.
+    headers = {HEADER: request.scope["request_id"]} if "request_id" in request.scope else {}
+    return error_answer(SitterError("something went wrong that should not"), headers)

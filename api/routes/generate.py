@@ -120,6 +120,7 @@ async def _wait(
         while seen.job.status not in ENDED:
             if seen.job.status == "queued" and seen.job.error_code is not None:
                 raise _failure(seen)  # it waits for room on the disk, which may take long
+            service.pictures.require_room()
             if service.worker.draining and seen.job.status == "queued":
                 raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.")
             if time.perf_counter() - began >= patience or await http.is_disconnected():
@@ -171,6 +172,7 @@ def _describe(done: _Finished, service: Service) -> GenerateResponse:
         success=True,
         message="Image generated successfully",
         **images[0].model_dump(),
+        warnings=job.warnings,
         job_id=job.id,
         model_id=job.model_id,
         generation_time=round(done.seconds, 3),

@@ -4,6 +4,7 @@ import base64
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Body, Depends, Header, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -43,9 +44,16 @@ JobBody = Annotated[
 
 
 async def accept(request: JobRequest, service: Service, caller: CallerDep, idempotency_key: str | None) -> str:
-    """Accepts a request for whoever it may be made for; returns the id of its job."""
+    """Accepts a request for whoever it may be made for; returns the id of its job.
+
+    Raises:
+        Forbidden: the caller may not ask for this.
+        StorageFull: there is no room for its pictures.
+        SitterError: see `Desk.submit`.
+    """
     if request.priority > 0 and not caller.is_admin:
         raise Forbidden("a priority above 0 is for administrators", "Leave priority away.")
+    service.pictures.require_room()
     named = request.user_id if "user_id" in request.model_fields_set else None
     order = Order(
         request.drawing(),
@@ -57,7 +65,9 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
         webhook_url=request.webhook_url,
         idempotency_key=idempotency_key,
     )
-    return (await service.desk.submit(order)).id
+    job = await service.desk.submit(order)
+    structlog.contextvars.bind_contextvars(job=job.id)  # the line about the request tells it
+    return job.id
 
 
 async def _seen(job_id: str, service: ServiceDep, caller: CallerDep) -> Seen:

@@ -1,8 +1,8 @@
 """The database: SQLite in one file, or PostgreSQL. One way in: `async with database.transaction() as session`."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ class Database:
 
     Args:
         url: `sqlite:///path` or `postgresql://…`.
+        on_failure: called when the database does not answer.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._on_failure = on_failure
         self.url = async_url(url)
         self.is_sqlite = self.url.startswith("sqlite")
         if self.is_sqlite:
@@ -62,7 +64,7 @@ class Database:
         Raises:
             DatabaseUnavailable: the database cannot be reached, or is locked for too long.
         """
-        with _our_errors():
+        with _our_errors(self._on_failure):
             async with self._turn, self._sessions() as session, session.begin():
                 await session.connection(execution_options={"write": True})
                 yield session
@@ -74,7 +76,7 @@ class Database:
         Raises:
             DatabaseUnavailable: the database cannot be reached.
         """
-        with _our_errors():
+        with _our_errors(self._on_failure):
             async with self._sessions() as session:
                 yield session
 
@@ -83,16 +85,17 @@ class Database:
         await self._engine.dispose()
 
 
-class _our_errors:
+@contextmanager
+def _our_errors(on_failure: Callable[[], None]) -> Iterator[None]:
     """Turns what the driver says when the database is away into our error; a constraint's refusal stays what it is."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        ours = error and _our_error(error)
-        if ours:
-            raise ours from error
+    try:
+        yield
+    except Exception as error:
+        ours = _our_error(error)
+        if ours is None:
+            raise
+        on_failure()
+        raise ours from error
 
 
 def _our_error(error: BaseException) -> SitterError | None:
@@ -136,7 +139,7 @@ def migrate(url: str) -> None:
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["url"] = url
     try:
-        with _our_errors():
+        with _our_errors(lambda: None):
             command.upgrade(config, "head")
     except DatabaseUnavailable as error:  # the operator reads this one: with what the driver says
         said = getattr(error.__cause__, "orig", None)

@@ -17,6 +17,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # exFAT, some network disks
 NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}  # fsync, on some network disks
 
+ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
 PICTURE = re.compile(rf"{USER_ID}_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(_\d{{1,2}})?\.png")
 """What our pictures are called: user, date, time, the end of the job's id, and a number from the second on."""
 PART = re.compile(r"\.picture-.+\.part")
@@ -96,6 +97,11 @@ class PictureFolder:
         while not there.exists():
             there = there.parent
         return shutil.disk_usage(there).free
+
+    def require_room(self) -> None:
+        """Raises StorageFull while the disk has less room than a few pictures take."""
+        if self.free_bytes() < ROOM_BYTES:
+            raise StorageFull(f"the disk of {self._folder.name}/ is full")
 
     def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str]]:
         """Yields (name, end of its job's id) of our pictures that were written so long ago."""

@@ -18,6 +18,11 @@ def open_png(png: bytes) -> Image.Image:
     return picture
 
 
+def pixels_of(image: dict[str, Any]) -> bytes:
+    """What is to be seen, without the text in the file: that names the job."""
+    return open_png(png_of(image)).tobytes()
+
+
 def difference(one: bytes, other: bytes) -> int:
     """The largest difference between two PNGs' values, 0 to 255."""
     extrema = ImageChops.difference(open_png(one), open_png(other)).getextrema()

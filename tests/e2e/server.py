@@ -69,6 +69,7 @@ class Server:
         self._environment = environment(
             PORT=str(self.port),
             OUTPUT_DIR=str(self.output),
+            DATA_DIR=str(folder / "data"),
             USER_MODELS=json.dumps(users or {}),
             HF_HOME=str(folder / "hub"),
             **settings,

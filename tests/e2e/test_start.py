@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from tests.e2e.pictures import open_png
-from tests.e2e.server import API, PATIENCE_SECONDS, ROOT, SITTER, SMALL, Server, environment
+from tests.e2e.server import API, ONE_STEP, PATIENCE_SECONDS, ROOT, SITTER, SMALL, Server, environment
 
 MAIN = (sys.executable, "main.py")
 UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--port", "{port}")
@@ -55,7 +55,7 @@ def assert_given_up(drawing: "Future[httpx2.Response]") -> None:
 def test_python_main_py(models: Path, tmp_path: Path) -> None:
     """Its curl line makes a picture; a full queue says so; SIGTERM ends it in the middle of a drawing."""
     users = {"ada": str(models / "one")}  # fast: the line asks for the defaults
-    with Server(tmp_path, users, command=MAIN, cwd=API, MAX_WAITING="1") as server:
+    with Server(tmp_path, users, command=MAIN, cwd=API, WORKERS="1", LIMIT_QUEUED="1") as server:
         assert f"http://127.0.0.1:{server.port}" in server.log
         [line] = re.findall(r"curl .*\\\n.*", server.log)
         if shutil.which("curl"):
@@ -63,8 +63,9 @@ def test_python_main_py(models: Path, tmp_path: Path) -> None:
             assert open_png((tmp_path / "ada.png").read_bytes()).size == (512, 512)
         with ThreadPoolExecutor(1) as pool:
             drawing = long_drawing(pool, server)
+            assert server.client.post("/jobs", json=ONE_STEP).status_code == 202
             refused = server.draw()
-            assert (refused.status_code, refused.json()["error"]) == (503, "busy")
+            assert (refused.status_code, refused.json()["error"]) == (429, "limit_reached")
             assert int(refused.headers["Retry-After"]) > 0
             assert server.stop(signal.SIGTERM) == -signal.SIGTERM
             assert_given_up(drawing)

@@ -114,9 +114,9 @@ async def test_users_come_in_pages(root: httpx2.AsyncClient, database: Database)
 
 async def test_everybodys_requests(root: httpx2.AsyncClient, database: Database) -> None:
     made = [
-        rows.request("ada", description="a castle", status="succeeded"),
-        rows.request("bo", description="gAAAA", sensitive=True),
-        rows.request("ada", description="a bridge", status="failed", error_code="bad_picture"),
+        rows.request("ada", id=f"{1:028x}", description="a castle", status="succeeded"),
+        rows.request("bo", id=f"{2:028x}", description="gAAAA", sensitive=True),
+        rows.request("ada", id=f"{3:028x}", description="a bridge", status="failed", error_code="bad_picture"),
     ]
     await add(database, rows.user("ada"), rows.user("bo"), *made)
     found = (await got(root, "/admin/requests"))["requests"]

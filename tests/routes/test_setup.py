@@ -6,6 +6,7 @@ import pytest
 from api.domain import users
 from api.domain.accounts import Accounts
 from api.store.database import Database
+from api.store.tables import User
 from api.wire.admin import UserChange
 from tests import people
 from tests.people import PASSWORD
@@ -70,7 +71,7 @@ async def test_a_link_is_printed_where_it_is_needed(database: Database, capsys: 
     await people.add_user(database, "root", type="admin")
     assert await printed(people.accounts_over(database), capsys) is None
     async with database.transaction() as session:
-        (await session.get_one(users.User, "root")).disabled = True
+        (await session.get_one(User, "root")).disabled = True
     assert await printed(people.accounts_over(database), capsys) is not None
 
 

@@ -1,0 +1,254 @@
+"""One's own data: taken along as a ZIP file, or erased from everywhere."""
+
+import asyncio
+import io
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+
+import anyio
+import anyio.to_thread
+from sqlalchemy import delete, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.domain import audit, keys, library, users
+from api.domain.accounts import Caller
+from api.domain.wake import Wake
+from api.domain.worker import BEAT
+from api.errors import NotFound
+from api.model_service import ModelService
+from api.store import tables
+from api.store.database import Database
+from api.store.files import PictureFolder
+from api.store.tables import Request, Usage, User, now
+from api.store.vault import Vault
+
+ROWS_AT_ONCE = 200
+BYTES_AT_ONCE = 256 * 1024
+END_SECONDS = 10.0  # that jobs under way are given to stop
+ACCOUNT = ("id", "name", "login", "type", "disabled", "limits", "created_at")
+REQUEST = (
+    "id", "status", "sensitive", "parameters", "tags", "category", "model_id", "webhook_url", "idempotency_key",
+    "priority", "attempt", "cache_hit", "timings", "warnings", "error_code", "error_detail", "error_hint",
+    "created_at", "started_at", "finished_at",
+)  # fmt: skip
+USAGE = ("request_id", "images", "steps", "seconds", "cost", "created_at")
+
+Page = Callable[[AsyncSession, str], Awaitable[list[tuple[str, dict[str, Any]]]]]
+"""A session and the id after which to begin → some of (id, record); none at the end."""
+
+
+class _Pipe(io.RawIOBase):
+    """What ZipFile has written and nobody has taken yet. It cannot seek, so that ZipFile does not try to."""
+
+    def __init__(self) -> None:
+        self._written = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._written += data
+        return len(data)
+
+    def tell(self) -> int:
+        raise OSError("this is a stream")
+
+    def take(self) -> bytes:
+        taken = bytes(self._written)
+        self._written.clear()
+        return taken
+
+
+async def export(
+    database: Database, pictures: PictureFolder, vault: Vault, caller: Caller, user_id: str
+) -> AsyncIterator[bytes]:
+    """Returns the parts of a ZIP file with all that is kept about a user; never more than a part is in memory.
+
+    Prompts that are sensitive are open in it for their owner; the secrets of keys are kept nowhere.
+
+    Raises:
+        NotFound: there is no such user.
+    """
+    async with database.transaction() as session:
+        user = await session.get(User, user_id)
+        if user is None or not caller.may_see(user_id):
+            raise NotFound(f"there is no user {user_id}")
+        theirs = [key.model_dump(mode="json") for key in await keys.list_keys(session, user_id)]
+        await audit.append(session, caller.name, "user.exported", f"user:{user_id}")
+    return _zip(database, pictures, vault, caller, user, theirs)
+
+
+async def _zip(
+    database: Database, pictures: PictureFolder, vault: Vault, caller: Caller, user: User, theirs: list[dict[str, Any]]
+) -> AsyncIterator[bytes]:
+    pipe = _Pipe()
+    with ZipFile(pipe, "w") as archive:
+        archive.writestr(_entry("account.json"), _json({name: getattr(user, name) for name in ACCOUNT}))
+        archive.writestr(_entry("keys.json"), _json(theirs))
+        lists: dict[str, Page] = {
+            "requests.json": _requests(vault, caller, user.id),
+            "images.json": _images(pictures, vault, caller, user.id),
+            "usage.json": _usage(user.id),
+        }
+        for name, page in lists.items():
+            async for part in _list(database, archive, pipe, name, page):
+                yield part
+        last = ""
+        while names := await _pictures(database, user.id, last):
+            for last, name, made in names:
+                async for part in _picture(pictures, archive, pipe, name, made):
+                    yield part
+    yield pipe.take()
+
+
+async def _list(database: Database, archive: ZipFile, pipe: _Pipe, name: str, page: Page) -> AsyncIterator[bytes]:
+    """Writes the records of all pages as one JSON list."""
+    last, mark = "", "[\n"
+    with archive.open(_entry(name), "w") as file:
+        while True:
+            async with database.reading() as session:
+                records = await page(session, last)
+            for last, record in records:
+                file.write(f"{mark}{_json(record)}".encode())
+                mark = ",\n"
+            if not records:
+                break
+            yield pipe.take()
+        file.write(b"[]\n" if mark == "[\n" else b"\n]\n")
+    yield pipe.take()
+
+
+async def _picture(
+    pictures: PictureFolder, archive: ZipFile, pipe: _Pipe, name: str, made: datetime
+) -> AsyncIterator[bytes]:
+    path = pictures.path_of(name)
+    try:
+        file = await anyio.open_file(path, "rb")
+    except FileNotFoundError:
+        return  # its record says so
+    async with file:
+        with archive.open(_entry(f"pictures/{name}", made, ZIP_STORED), "w") as entry:
+            while data := await file.read(BYTES_AT_ONCE):
+                entry.write(data)
+                yield pipe.take()
+
+
+def _requests(vault: Vault, caller: Caller, user_id: str) -> Page:
+    async def page(session: AsyncSession, last: str) -> list[tuple[str, dict[str, Any]]]:
+        found = select(Request).where(Request.user_id == user_id, Request.id > last).order_by(Request.id)
+        return [
+            (
+                row.id,
+                {name: getattr(row, name) for name in REQUEST}
+                | {
+                    "prompt": library.readable(vault, caller, user_id, row.sensitive, row.description),
+                    "negative_prompt": library.readable(vault, caller, user_id, row.sensitive, row.negative_prompt),
+                },
+            )
+            for row in await session.scalars(found.limit(ROWS_AT_ONCE))
+        ]
+
+    return page
+
+
+def _images(pictures: PictureFolder, vault: Vault, caller: Caller, user_id: str) -> Page:
+    async def page(session: AsyncSession, last: str) -> list[tuple[str, dict[str, Any]]]:
+        found = await library.after(session, vault, caller, user_id, last, ROWS_AT_ONCE)
+        there = await anyio.to_thread.run_sync(lambda: [pictures.path_of(image.file_path).is_file() for image in found])
+        return [
+            (
+                image.id,
+                image.model_dump(mode="json") | {"file": f"pictures/{image.file_path}" if is_there else None},
+            )
+            for image, is_there in zip(found, there, strict=True)
+        ]
+
+    return page
+
+
+def _usage(user_id: str) -> Page:
+    async def page(session: AsyncSession, last: str) -> list[tuple[str, dict[str, Any]]]:
+        found = select(Usage).where(Usage.user_id == user_id, Usage.request_id > last).order_by(Usage.request_id)
+        rows = await session.scalars(found.limit(ROWS_AT_ONCE))
+        return [(row.request_id, {name: getattr(row, name) for name in USAGE}) for row in rows]
+
+    return page
+
+
+async def _pictures(database: Database, user_id: str, last: str) -> list[tuple[str, str, datetime]]:
+    columns = select(tables.Image.id, tables.Image.image_url, tables.Image.created_at)
+    found = columns.where(tables.Image.user_id == user_id, tables.Image.id > last).order_by(tables.Image.id)
+    async with database.reading() as session:
+        return [(row[0], row[1], row[2]) for row in await session.execute(found.limit(ROWS_AT_ONCE))]
+
+
+def _entry(name: str, made: datetime | None = None, compression: int = ZIP_DEFLATED) -> ZipInfo:
+    moment = made or now()
+    info = ZipInfo(name, (max(1980, moment.year), *moment.timetuple()[1:6]))
+    info.compress_type = compression
+    info.external_attr = 0o600 << 16
+    return info
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=lambda moment: moment.isoformat(), ensure_ascii=False)
+
+
+async def erase(
+    database: Database,
+    pictures: PictureFolder,
+    vault: Vault,
+    models: ModelService,
+    wake: Wake,
+    caller: Caller,
+    user_id: str,
+) -> None:
+    """Erases a user: jobs, pictures, keys, files, models in memory. Usage stays, under a name that tells nobody.
+
+    Raises:
+        NotFound: there is no such user that the caller may see.
+        Conflict: nobody would be left to administrate.
+    """
+    async with database.reading() as session:
+        if not caller.may_see(user_id) or await session.get(User, user_id) is None:
+            raise NotFound(f"there is no user {user_id}")
+    await _end_jobs(database, wake, user_id)
+    async with database.transaction() as session:
+        user = await session.get(User, user_id, with_for_update=True)
+        if user is None:
+            raise NotFound(f"there is no user {user_id}")
+        if user.type == "admin" and not user.disabled:
+            await users.stays_administrated(session, user_id)
+        images = list(await session.scalars(select(tables.Image.image_url).where(tables.Image.user_id == user_id)))
+        await session.execute(delete(User).where(User.id == user_id))  # and, by cascade, all that is theirs
+        nobody = f"~{vault.digest(user_id.encode())[:24]}"  # no user's id begins so
+        await session.execute(update(Usage).where(Usage.user_id == user_id).values(user_id=nobody))
+        await audit.append(session, caller.name, "user.erased", f"user:{user_id}", images=len(images))
+    # Besides what rows knew: what a worker wrote that lost its job meanwhile.
+    written = await anyio.to_thread.run_sync(lambda: [name for name, _ in pictures.pictures_older_than(0)])
+    theirs = re.compile(rf"{re.escape(user_id)}_\d{{8}}_\d{{6}}_[0-9a-f]{{8,28}}(_\d{{1,2}})?\.png")
+    await library.delete_files(pictures, {*images, *filter(theirs.fullmatch, written)})
+    await anyio.to_thread.run_sync(models.forget, user_id)
+
+
+async def _end_jobs(database: Database, wake: Wake, user_id: str) -> None:
+    """Cancels a user's jobs and waits a little for those that run to stop."""
+    deadline = time.monotonic() + END_SECONDS
+    wish = (
+        update(Request).where(Request.user_id == user_id).values(cancel_requested=True, revision=Request.revision + 1)
+    )
+    while True:
+        async with database.transaction() as session:
+            ended = wish.where(Request.status == "queued").values(status="cancelled", finished_at=now())
+            queued = list(await session.scalars(ended.returning(Request.id)))
+            running = list(await session.scalars(wish.where(Request.status == "running").returning(Request.id)))
+        for topic in (*queued, *running, BEAT):
+            wake.wake(topic)
+        if not running or time.monotonic() >= deadline:
+            return
+        await asyncio.sleep(0.2)

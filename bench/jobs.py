@@ -1,0 +1,145 @@
+"""What the queue costs: jobs accepted per second over HTTP, and what a job adds to the bare drawing."""
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from api.config import Settings
+from api.domain.submit import Order
+from api.main import create_app
+from api.model_service import Generation, ModelService
+from api.schemas import GenerateRequest, Timings
+from api.store.tables import Request
+from api.wiring import Service, open_service, working
+from bench.figures import Figure, at_least, at_most
+
+RATE = 200  # submits per second that are offered
+SECONDS = 15
+QUEUED = 10_000
+USERS = 100
+SMALL = GenerateRequest(prompt="photo of sks person", width=256, height=256, num_inference_steps=1)
+
+
+class _AtOnce(ModelService):
+    """Models that answer at once, so that only the queue is timed."""
+
+    def generate(self, request: GenerateRequest, on_step: Any = None) -> Generation:
+        none = Timings(queue=0, load=0, denoise=0, decode=0, encode=0)
+        return Generation([_PNG] * request.num_images, [0] * request.num_images, "none", True, none)
+
+
+_PNG = bytes.fromhex(  # one white pixel
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8ffff3f"
+    "0005fe02fea735811e0000000049454e44ae426082"
+)
+
+
+def figures() -> Iterator[Figure]:
+    """Submits per second with their p50 and p99, the queue empty and full, and a job's cost over the engine's."""
+    yield from asyncio.run(_submits())
+    yield asyncio.run(_overhead())
+
+
+async def _submits() -> list[Figure]:
+    empty = await _offered(queued=0)
+    full = await _offered(queued=QUEUED)
+    found = [
+        at_least("submits a second, of 200 offered", empty.per_second, "1/s", 0.95 * RATE),
+        Figure("POST /jobs p50, empty queue", empty.p50 * 1000, "ms"),
+        at_most("POST /jobs p99, empty queue", empty.p99 * 1000, "ms", 100),
+        Figure("POST /jobs p50, 10,000 queued", full.p50 * 1000, "ms"),
+        at_most("POST /jobs p99, 10,000 queued / empty", full.p99 / empty.p99, "", 1.2),
+    ]
+    return found
+
+
+class _Offered:
+    def __init__(self, latencies: list[float], seconds: float) -> None:
+        self.per_second = len(latencies) / seconds
+        self.p50 = statistics.median(latencies)
+        self.p99 = statistics.quantiles(latencies, n=100)[98]
+
+
+async def _offered(queued: int) -> _Offered:
+    """Sends RATE posts a second for SECONDS, on a clock of their own: a slow answer holds no other back."""
+    async with _serving(workers=0 if queued else 2) as (service, client):
+        for start in range(0, queued, 500):
+            orders = (Order(SMALL, f"user{i % USERS}") for i in range(start, start + 500))
+            await asyncio.gather(*(service.desk.submit(order) for order in orders))
+        latencies: list[float] = []
+
+        async def post(number: int) -> None:
+            began = time.perf_counter()
+            body = {**SMALL.model_dump(exclude_unset=True), "user_id": f"user{number % USERS}"}
+            answer = await client.post("/jobs", json=body)
+            assert answer.status_code == 202, answer.text
+            latencies.append(time.perf_counter() - began)
+
+        await asyncio.gather(*(post(number) for number in range(20)))
+        latencies.clear()
+        began = time.perf_counter()
+        posts = []
+        for number in range(RATE * SECONDS):
+            await asyncio.sleep(max(0.0, began + number / RATE - time.perf_counter()))
+            posts.append(asyncio.create_task(post(number)))
+        await asyncio.gather(*posts)
+        return _Offered(latencies, time.perf_counter() - began)
+
+
+@asynccontextmanager
+async def _serving(workers: int) -> AsyncIterator[tuple[Service, httpx2.AsyncClient]]:
+    """A server in this process, over a database of its own, whose models answer at once."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        settings = _settings(Path(folder), workers)
+        app = create_app(settings, _AtOnce)
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.05)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                yield app.state.service, client
+        finally:
+            server.should_exit = True
+            await serving
+
+
+async def _overhead() -> Figure:
+    """Seconds of a job over the same call to the models alone, both answering at once."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        settings = _settings(Path(folder), workers=2)
+        async with open_service(settings, make_models=_AtOnce) as service, working(service, 2):
+            spent = []
+            for _ in range(60):
+                began = time.perf_counter()
+                job = await service.desk.submit(Order(SMALL, "user"))
+                while not await _ended(service, job.id):
+                    await service.wake.wait(job.id, 0.5)
+                spent.append(time.perf_counter() - began)
+    return at_most("a job's cost over the bare drawing", statistics.median(spent[10:]) * 1000, "ms", 15)
+
+
+async def _ended(service: Service, job_id: str) -> bool:
+    async with service.database.reading() as session:
+        return (await session.get_one(Request, job_id)).status == "succeeded"
+
+
+def _settings(folder: Path, workers: int) -> Settings:
+    given: dict[str, Any] = {
+        "data_dir": folder / "data",
+        "output_dir": folder / "output",
+        "workers": workers,
+        "limit_queued": 0,
+        "limit_requests_per_minute": 0,
+        "log_level": "error",
+    }
+    return Settings(_env_file=None, **given)

@@ -1,0 +1,251 @@
+"""Who may go through which door: every route of the OpenAPI document × everybody who may knock.
+
+A route without an entry in DOORS fails the test: whoever adds one says here who may use it.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from sqlalchemy import update
+
+from api.domain.users import change_user
+from api.main import create_app
+from api.store.database import Database
+from api.store.tables import ApiKey, new_id, now
+from api.wire.accounts import Scope
+from api.wire.admin import UserChange
+from tests import builders, people, rows
+from tests.people import PASSWORD
+
+DRAWING = {"prompt": "a knight", "user_id": "ada", "width": 256, "height": 256, "num_inference_steps": 1}
+STRANGERS = ("nobody", "a forged key", "a disabled user", "a revoked key", "an expired key")
+NOT_THERE = f"{0xDEAD:028x}"
+
+
+@dataclass(frozen=True)
+class Door:
+    """What a route answers, where it has to do with Ada: `{job_id}` and its like are hers."""
+
+    good: int  # to Ada herself; of the administrator's API, to an administrator
+    scope: Scope | None = None  # what a key needs; None: any
+    other: int | None = None  # to another user, when that is not as to Ada
+    admin: int | None = None  # to an administrator, when that is not as to Ada
+    body: Any = None
+    public: bool = False  # the same to everybody, credential or not
+
+
+def mine(good: int, scope: Scope | None, body: Any = None) -> Door:
+    """A door to one's own account: everybody finds their own behind it."""
+    return Door(good, scope, body=body)
+
+
+def adas(good: int, scope: Scope, body: Any = None) -> Door:
+    """A door to what is Ada's: for another user it is not there."""
+    return Door(good, scope, other=404, body=body)
+
+
+def for_ada(good: int) -> Door:
+    """A door to asking for something in Ada's name: another user may not."""
+    return Door(good, "draw", other=403, body=DRAWING)
+
+
+def administrators(good: int, body: Any = None) -> Door:
+    """A door of the administrator's API."""
+    return Door(good, "admin", other=403, body=body)
+
+
+def public(good: int, body: Any = None) -> Door:
+    return Door(good, public=True, body=body)
+
+
+DOORS = {
+    "POST /generate": for_ada(202),
+    "POST /generate/image": for_ada(202),
+    "POST /jobs": for_ada(202),
+    "GET /jobs": mine(200, "read"),
+    "GET /jobs?user_id=ada": Door(200, "read", other=403),
+    "GET /jobs/{job_id}": adas(200, "read"),
+    "GET /jobs/{job_id}/events": adas(200, "read"),
+    "POST /jobs/{job_id}/cancel": adas(200, "draw"),
+    "GET /images": mine(200, "read"),
+    "GET /images?user_id=ada": Door(200, "read", other=403),
+    "GET /images/{image_id}": adas(200, "read"),
+    "GET /images/{image_id}/file": adas(200, "read"),
+    "DELETE /images/{image_id}": adas(204, "manage"),
+    "POST /auth/login": public(422, {}),
+    "POST /auth/logout": mine(204, None),
+    "POST /setup": public(401, {"token": "wrong", "user_id": "eve", "password": PASSWORD}),
+    "GET /me": mine(200, "read"),
+    "PATCH /me/password": mine(204, "manage", {"current_password": PASSWORD, "new_password": PASSWORD}),
+    "GET /me/keys": mine(200, "manage"),
+    "POST /me/keys": mine(201, "manage", {"name": "one more"}),
+    "DELETE /me/keys/{key_id}": replace(adas(204, "manage"), admin=404),
+    "GET /admin/users": administrators(200),
+    "POST /admin/users": administrators(409, {"id": "ada"}),
+    "GET /admin/users/{user_id}": administrators(200),
+    "PATCH /admin/users/{user_id}": administrators(200, {"name": "Ada L."}),
+    "GET /admin/requests": administrators(200),
+    "GET /admin/usage": administrators(200),
+    "GET /admin/audit": administrators(200),
+    "GET /admin/settings": administrators(200),
+    "GET /cache": administrators(200),
+    "DELETE /cache": administrators(200),
+    "GET /health": public(200),
+    "GET /metrics": administrators(200),
+    "GET /health/live": public(200),
+    "GET /health/ready": public(200),
+}
+HIDDEN = {"/openapi.json", "/docs", "/redoc", "/setup", "/static/docs"}  # pages for everybody, in no document
+
+
+def missing(app: FastAPI) -> set[str]:
+    """Routes of the document without a door here, and doors without a route."""
+    documented = {f"{method.upper()} {path}" for path, item in app.openapi()["paths"].items() for method in item}
+    return documented ^ {door.partition("?")[0] for door in DOORS}
+
+
+def hidden(app: FastAPI) -> set[str]:
+    """Paths that the document does not have."""
+    return {str(route.path) for route in iter_route_contexts(app.routes) if not getattr(route, "include_in_schema", 0)}
+
+
+class House:
+    """The whole app with AUTH=required over a fresh database, and people with keys."""
+
+    def __init__(self, app: FastAPI, database: Database, output: Path) -> None:
+        self.app = app
+        self.database = database
+        self._output = output
+
+    async def inhabit(self) -> None:
+        for user_id in ("ada", "bo", "eve", "root"):
+            kind = "admin" if user_id == "root" else "user"
+            await people.add_user(self.database, user_id, PASSWORD, type=kind)
+        every = get_args(Scope)
+        self.keys: dict[str, str | None] = {
+            "nobody": None,
+            "a forged key": "sk_" + "A" * 43,
+            "another user": await people.add_key(self.database, "bo"),
+            "Ada": await people.add_key(self.database, "ada"),
+            "an administrator": await people.add_key(self.database, "root"),
+            "a disabled user": await people.add_key(self.database, "eve"),
+            "a revoked key": await people.add_key(self.database, "ada"),
+            "an expired key": await people.add_key(self.database, "ada", days=1),
+        }
+        for scope in every:
+            rest = set(every) - {scope}
+            for who, user_id in (("Ada", "ada"), ("an administrator", "root")):
+                self.keys[f"{who}'s key without {scope}"] = await people.add_key(self.database, user_id, rest)
+        async with self.database.transaction() as session:
+            await change_user(session, "root", "eve", UserChange(disabled=True), None)
+            for name, values in (
+                ("a revoked key", {"revoked_at": now()}),
+                ("an expired key", {"expires_at": now() - timedelta(seconds=1)}),
+            ):
+                prefix = (self.keys[name] or "")[:10]
+                await session.execute(update(ApiKey).where(ApiKey.prefix == prefix).values(values))
+
+    async def adas_things(self) -> dict[str, str]:
+        """A job that has ended, a picture and a key."""
+        job = rows.request("ada", status="cancelled", finished_at=now())
+        image = rows.image(job)
+        self._output.mkdir(exist_ok=True)
+        (self._output / image.image_url).write_bytes(b"\x89PNG\r\n\x1a\n")
+        async with self.database.transaction() as session:
+            session.add(job)
+            await session.flush()
+            key = ApiKey(user_id="ada", name="a thing", prefix="sk_", hash=new_id(), scopes=["read"], revoked_at=now())
+            session.add_all([image, key])
+            await session.flush()
+        return {"job_id": job.id, "image_id": image.id, "key_id": key.id, "user_id": "ada"}
+
+    async def answer(self, name: str, who: str, things: dict[str, str]) -> httpx2.Response:
+        """What the door called `name` answers to `who`."""
+        method, _, path = name.partition(" ")
+        async with people.client_of(self.app, self.keys[who]) as client:
+            headers = {"Prefer": "respond-async"}
+            return await client.request(method, path.format_map(things), json=DOORS[name].body, headers=headers)
+
+
+@pytest.fixture
+async def house(database: Database, database_url: str, tmp_path: Path) -> AsyncIterator[House]:
+    settings = builders.settings(
+        {"default": builders.source(tmp_path)},
+        auth="required",
+        workers=0,
+        database_url=database_url,
+        data_dir=tmp_path / "data",
+        output_dir=tmp_path / "output",
+        limit_requests_per_minute=0,
+        limit_queued=0,
+    )
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        opened = House(app, database, tmp_path / "output")
+        await opened.inhabit()
+        yield opened
+
+
+def expected(door: Door, who: str) -> int:
+    """The status that the table promises `who`."""
+    owner, _, lacking = who.partition("'s key without ")
+    if door.public:
+        return door.good
+    if owner in STRANGERS:
+        return 401
+    if lacking and lacking == door.scope:
+        return 403
+    if owner == "an administrator" and lacking == "admin":
+        owner = "another user"  # nobody's things but their own, as for every user
+    other = {"another user": door.other, "an administrator": door.admin, "Ada": 403 if door.scope == "admin" else None}
+    status = other[owner]
+    return door.good if status is None else status
+
+
+@pytest.mark.anyio
+async def test_every_door_opens_to_whom_it_should_alone(house: House) -> None:
+    wrong = []
+    for name, door in DOORS.items():
+        things = await house.adas_things()
+        for who in house.keys:
+            answer = await house.answer(name, who, things)
+            if name.startswith("DELETE") and answer.is_success:
+                things = await house.adas_things()  # the next one finds it there again
+            if answer.status_code != expected(door, who):
+                wrong.append(
+                    f"{name} answers {who} {answer.status_code}, not {expected(door, who)}: {answer.text:.200}"
+                )
+            if answer.status_code == 401 and not door.public and "WWW-Authenticate" not in answer.headers:
+                wrong.append(f"{name} does not tell {who} how to sign in")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.anyio
+async def test_what_is_anothers_looks_like_what_is_not_there(house: House) -> None:
+    nothing = dict.fromkeys(("job_id", "image_id", "key_id"), NOT_THERE)
+    for name, door in DOORS.items():
+        if door.other == 404:
+            anothers = await house.answer(name, "another user", await house.adas_things())
+            absent = await house.answer(name, "another user", nothing)
+            assert (anothers.status_code, anothers.json()) == (absent.status_code, absent.json()), name
+
+
+def test_no_route_is_forgotten() -> None:
+    app = create_app(builders.settings(auth="required"))
+    assert not missing(app), "give these an entry in DOORS, or take it out"
+    assert hidden(app) == HIDDEN, "a path that no document has is public: is it meant to be?"
+
+
+def test_a_forgotten_route_is_noticed() -> None:
+    app = create_app(builders.settings(auth="required"))
+    app.add_api_route("/forgotten", lambda: None, methods=["PUT"])
+    app.add_api_route("/secret", lambda: None, include_in_schema=False)
+    assert missing(app) == {"PUT /forgotten"}
+    assert hidden(app) - HIDDEN == {"/secret"}
