@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import nn
 
 from api.engine.sources import LORA_FILES
-from api.engine.weights import SAFETENSORS_HINT, is_out_of_memory, read_header
-from api.errors import ModelUnavailable, SitterError
+from api.engine.weights import SAFETENSORS_HINT, loading, read_header
+from api.errors import ModelUnavailable
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 COMPONENTS = ("unet", "text_encoder")
@@ -115,14 +115,8 @@ def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float)
     """
     file = find_adapter_file(path)
     read_header(file)
-    try:
+    with loading(f"the adapter {file.name}", file, "Export it again."):
         return _read(file, pipeline, strength)
-    except SitterError:
-        raise
-    except Exception as error:  # whatever a library makes of a broken file is one thing to the caller
-        if is_out_of_memory(error):
-            raise
-        raise ModelUnavailable(f"the adapter {file.name} does not load: {error}", "Export it again.") from error
 
 
 def _read(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:
