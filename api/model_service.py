@@ -214,9 +214,9 @@ class ModelService:
 
     def _lease_adapter(self, source: ModelSource, base: "Base") -> "Lease[Adapter]":
         def load(reserve: Reserve) -> "Loaded[Adapter]":
-            path = self.engine.find_adapter(source)
-            reserve({"cpu": path.stat().st_size})
-            return self.engine.load_adapter(path, base, source.lora_scale)
+            file = self.engine.find_adapter(source)
+            reserve({"cpu": file.stat().st_size})
+            return self.engine.load_adapter(file, base, source.lora_scale)
 
         return self.cache.lease(source, load)
 

@@ -101,11 +101,11 @@ def find_adapter_file(path: Path) -> Path:
     raise ModelUnavailable(f"{path.name} has no {LORA_FILES[0]}", SAFETENSORS_HINT)
 
 
-def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:
-    """Returns the adapter at `path`, its factors on the host, for the base `pipeline`.
+def load_adapter(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:
+    """Returns the adapter in `file`, its factors on the host, for the base `pipeline`.
 
     Args:
-        path: the weight file, or the folder with it.
+        file: where its weights are; peft's adapter_config.json may lie beside it.
         pipeline: the base that it is for.
         strength: multiplies every scale; 1 is as trained.
 
@@ -113,7 +113,6 @@ def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float)
         ModelUnavailable: the file is not whole, not a LoRA, of a kind that is refused (DoRA), or made for
             another base. The reason names the first key that does not fit.
     """
-    file = find_adapter_file(path)
     read_header(file)
     with loading(f"the adapter {file.name}", file, "Export it again."):
         return _read(file, pipeline, strength)
