@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from api.config import Settings
-from api.engine.sources import TENSOR_COMPONENTS, FoundBase, check_folder, weight_files
+from api.engine.sources import TENSOR_COMPONENTS, FoundBase, check_folder
 from api.engine.weights import TensorPool, loading, read_header
 from api.errors import ModelUnavailable
 
@@ -54,13 +54,13 @@ def load_pipeline(found: FoundBase, placement: Placement, pool: TensorPool) -> S
 
 
 def _load_folder(folder: Path) -> StableDiffusionPipeline:
-    check_folder(folder)
+    stored = check_folder(folder)
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     # What a file lacks, diffusers reports; transformers draws it at random.
-    stored = {name for file in weight_files(folder / "text_encoder") for name in read_header(file)}
-    lacking = {_flat_name(name) for name, _ in pipeline.text_encoder.named_parameters()} - set(map(_flat_name, stored))
+    expected = {_flat_name(name) for name, _ in pipeline.text_encoder.named_parameters()}
+    lacking = expected - set(map(_flat_name, stored["text_encoder"]))
     if lacking:
         raise ModelUnavailable(f"{folder.name}/text_encoder has no {min(lacking)}", "Copy or download it again.")
     return pipeline

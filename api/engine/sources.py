@@ -167,8 +167,10 @@ def count_values(path: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def check_folder(folder: Path) -> None:
-    """Checks a diffusers folder without loading it: its classes, and that each weight file is whole.
+def check_folder(folder: Path) -> dict[str, set[str]]:
+    """Checks a diffusers folder without loading it; returns component → the names of its tensors.
+
+    What is checked: the classes that it asks for, that each weight file is whole, and that a tokenizer is there.
 
     Raises:
         ModelUnavailable: the first thing that is wrong.
@@ -185,15 +187,16 @@ def check_folder(folder: Path) -> None:
         raise ModelUnavailable(f"{folder.name} is a {pipeline_class}", "StableDiffusionPipeline models are supported.")
     if foreign := libraries - TRUSTED_LIBRARIES:
         raise ModelUnavailable(f"{folder.name} wants code from {min(map(str, foreign))}, which is refused")
+    stored: dict[str, set[str]] = {}
     for name in TENSOR_COMPONENTS:
         if name not in components:
             continue
-        weights = weight_files(folder / name)
-        if not weights:
+        headers = [read_header(file) for file in weight_files(folder / name)]
+        if not headers:
             raise ModelUnavailable(f"{folder.name}/{name} has no safetensors file", SAFETENSORS_HINT)
-        for file in weights:
-            read_header(file)
+        stored[name] = set().union(*headers)
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "vocab.json").is_file():
         # transformers makes an empty one: every prompt would read alike.
         raise ModelUnavailable(f"{folder.name}/tokenizer has neither tokenizer.json nor vocab.json")
+    return stored
