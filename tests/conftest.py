@@ -26,3 +26,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with running(monkeypatch, tmp_path / "hub") as hub:
         yield hub
+
+
+@pytest.fixture
+def stocked(hub: Hub, base_folder: Path) -> Hub:
+    """A hub with the tiny base, and beside it what nobody needs."""
+    files = [file for file in base_folder.rglob("*") if file.is_file()]
+    hub.files = {str(file.relative_to(base_folder)): file.read_bytes() for file in files}
+    hub.files |= dict.fromkeys(("README.md", "unet/model.bin", "unet/model.fp16.safetensors", "a.ckpt"), b"not wanted")
+    return hub
