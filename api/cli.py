@@ -2,24 +2,22 @@
 
 import os
 import platform
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, cast
 
 import httpx2
 import typer
-import uvicorn
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from api import __version__
+from api import __version__, serving
 from api.config import DEFAULT_USER, Settings, SettingsError, load_settings
 from api.errors import SitterError, StorageUnavailable
 from api.model_service import ModelService
@@ -34,58 +32,20 @@ app = typer.Typer(
 console = Console()
 to_people = Console(stderr=True, highlight=False)
 
-GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
-
-
-class _Announcing(uvicorn.Server):
-    """Says where the service is once it listens."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.should_exit:
-            return
-        address = _url(*self.servers[0].sockets[0].getsockname()[:2])
-        curl = (
-            f"curl -s {address}/generate/image -H 'Content-Type: application/json' \\\n"
-            """    -d '{"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada"}' -o ada.png"""
-        )
-        print(
-            f"\nSitter is at {address} (the API to try: {address}/docs). A picture of Ada:\n\n  {curl}\n",
-            flush=True,
-        )
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [HOST, 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on [PORT, 8000].")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on [PORT, 8000].")] = None,
 ) -> None:
     """Start the HTTP server."""
     # The application reads its settings by itself, also under `uvicorn main:app`: options reach it as they do there.
     os.environ.update({name: str(value) for name, value in {"HOST": host, "PORT": port}.items() if value is not None})
     with _errors_for_people():
         settings = load_settings()
-    config = uvicorn.Config(
-        "api.main:app",
-        host=settings.host,
-        port=settings.port,
-        log_level="warning" if settings.log_level == "info" else settings.log_level,
-        timeout_graceful_shutdown=GRACEFUL_SECONDS,
-    )
-    try:
-        listening = config.bind_socket()  # first, so that a taken port is told at once
-    except SystemExit:  # uvicorn has said why
-        address = f"{settings.host}:{settings.port}"
-        to_people.print(f"{address} is not free: choose another address with HOST or PORT, or end what has it.")
-        raise
-    with suppress(KeyboardInterrupt):  # which uvicorn raises once it has stopped, unless that is ignored
-        _Announcing(config).run([listening])
-    to_people.print("Stopped.")
+        serving.serve(settings)
 
 
 @app.command()
@@ -140,7 +100,7 @@ def models(
     """Show which models the running server holds in memory."""
     with _errors_for_people():
         settings = load_settings()
-        url = address or _url(settings.host, settings.port)
+        url = address or serving.url(settings.host, settings.port)
         try:
             answer = CacheResponse.model_validate_json(
                 httpx2.get(f"{url}/cache", timeout=10).raise_for_status().content

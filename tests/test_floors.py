@@ -13,7 +13,7 @@ API = Path(__file__).parent.parent / "api"
 # files named together are one room. A folder is one room.
 FLOORS = """
 main
-routes | cli
+routes | cli serving
 wiring
 domain
 providers
