@@ -100,6 +100,25 @@ def test_a_second_ctrl_c_ends_it_in_the_middle_of_a_drawing(models: Path, tmp_pa
         assert isinstance(drawing.exception(PATIENCE_SECONDS), httpx2.TransportError)
 
 
+def test_it_listens_on_all_addresses(models: Path, tmp_path: Path) -> None:
+    with Server(tmp_path, {"default": str(models / "one")}, HOST="0.0.0.0") as server:
+        assert f"Sitter is at http://127.0.0.1:{server.port} " in server.log
+        assert "listens on all addresses" in server.log
+        assert "http://0.0.0.0" not in server.log
+        shown = run(*SITTER, "models", HOST="0.0.0.0", PORT=str(server.port))
+        assert shown.returncode == 0, shown.stderr
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "-", "ä..b"])
+def test_an_address_of_another_machine(host: str) -> None:
+    ended = run(*SITTER, "serve", HOST=host, PORT="0")
+    assert ended.returncode == 2
+    assert f"{host} is not an address of this machine" in ended.stderr
+    assert "HOST=127.0.0.1" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "not free" not in ended.stderr
+
+
 def test_a_taken_port(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
