@@ -22,6 +22,7 @@ from api.config import DEFAULT_USER, Settings, SettingsError, load_settings
 from api.errors import SitterError, StorageUnavailable
 from api.model_service import ModelService
 from api.schemas import CacheResponse, GenerateRequest, Scheduler
+from api.store.files import PictureFolder
 from api.wiring import open_service
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ def serve(
     os.environ.update({name: str(value) for name, value in {"HOST": host, "PORT": port}.items() if value is not None})
     with _errors_for_people():
         settings = load_settings()
+        PictureFolder(settings.output_dir).check()
         serving.serve(settings)
 
 
@@ -129,8 +131,19 @@ def doctor() -> None:
             for device, budget in service.models.cache.budgets.items():
                 free = engine.free_bytes(device)
                 console.print(f"memory for models on {device}: {budget / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
-            failed = _try_models(settings, service.models)
+            failed = _try_output(settings, service.pictures) + _try_models(settings, service.models)
     raise typer.Exit(1 if failed else 0)
+
+
+def _try_output(settings: Settings, pictures: PictureFolder) -> int:
+    """Says where pictures are kept, and returns 1 when they cannot be."""
+    try:
+        pictures.check()
+    except StorageUnavailable as error:
+        console.print(f"[red]{escape(error.detail)}[/]\n{escape(error.hint)}")
+        return 1
+    console.print(f"pictures are kept in {escape(str(settings.output_dir))}")
+    return 0
 
 
 def _try_models(settings: Settings, service: ModelService) -> int:

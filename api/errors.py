@@ -102,7 +102,7 @@ class StorageUnavailable(SitterError):
     """The output folder cannot be written to; nothing was left behind."""
 
     code = "storage_unavailable"
-    hint = "OUTPUT_DIR must be a folder that the server may write to."
+    hint = "Set OUTPUT_DIR to a folder that the server may write to."
 
 
 class ShuttingDown(SitterError):

@@ -12,11 +12,13 @@ from fastapi import FastAPI
 
 from api import __version__
 from api.config import Settings, SettingsError, load_settings
+from api.errors import StorageUnavailable
 from api.routes import cache, generate, health
 from api.routes.docs import add_docs
 from api.routes.errors import add_error_handlers
 from api.routes.limits import BodyLimit
 from api.routes.service import Waiting
+from api.store.files import PictureFolder
 from api.wiring import open_service
 
 DESCRIPTION = """Draws people from their own fine-tuned models: `sks person` in a prompt is whoever `user_id` names.
@@ -55,10 +57,15 @@ def __getattr__(name: str) -> FastAPI:
     """Makes `app` for `uvicorn main:app` when it is asked for: importing this module reads no settings."""
     if name == "app":
         try:
-            return create_app(load_settings())
+            settings = load_settings()
+            PictureFolder(settings.output_dir).check()
         except SettingsError as error:
             print(f"{error}\nThe README lists every setting.", file=sys.stderr)
             raise SystemExit(2) from error
+        except StorageUnavailable as error:
+            print(f"{error.detail}\n{error.hint}", file=sys.stderr)
+            raise SystemExit(1) from error
+        return create_app(settings)
     raise AttributeError(name)
 
 

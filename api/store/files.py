@@ -23,6 +23,18 @@ class PictureFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
 
+    def check(self) -> None:
+        """Makes the folder if it is not there, and a file without a name in it.
+
+        Raises:
+            StorageUnavailable: that did not work. The reason names the whole path: it is for who starts the server.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._folder).close()
+        except OSError as error:
+            raise StorageUnavailable(f"pictures cannot be kept in {self._folder}: {error.strerror}") from error
+
     def save_all(self, user_id: str, pngs: Sequence[bytes], at: datetime) -> list[Path]:
         """Writes every picture or none, and returns their paths.
 

@@ -153,6 +153,17 @@ def test_a_setting_that_does_not_fit_stops_the_start(command: Sequence[str], nam
     assert len(ended.stderr.splitlines()) <= 4
 
 
+@pytest.mark.parametrize("command", [(*SITTER, "serve"), MAIN, (*UVICORN[:-1], "0")])
+def test_an_output_folder_that_cannot_be_written_stops_the_start(command: Sequence[str], tmp_path: Path) -> None:
+    (tmp_path / "output").touch()
+    ended = run(*command, cwd=API if "main" in str(command) else ROOT, PORT="0", OUTPUT_DIR=str(tmp_path / "output"))
+    assert ended.returncode == 1
+    said = ended.stderr.splitlines()
+    assert said[0].startswith(f"pictures cannot be kept in {tmp_path / 'output'}: ")
+    assert said[1:] == ["Set OUTPUT_DIR to a folder that the server may write to."]
+    assert "Sitter is at" not in ended.stdout
+
+
 def test_an_unknown_setting_in_a_file_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "sitter.yaml").write_text("prot: 8000\n")
     ended = run(*SITTER, "serve", SITTER_CONFIG=str(tmp_path / "sitter.yaml"))
@@ -188,6 +199,19 @@ def test_sitter_doctor(models: Path) -> None:
     assert "downloaded" in said["hub"]
     for user in ("default", "ada", "bo", "chi"):
         assert re.search(rf"loads +{user}:", ended.stdout)
+
+
+def test_sitter_doctor_tries_the_output_folder(models: Path, tmp_path: Path) -> None:
+    users = json.dumps(dict.fromkeys(("default", "ada", "bo", "chi"), str(models / "one")))
+    well, ill = (
+        run(*SITTER, "doctor", USER_MODELS=users, OUTPUT_DIR=str(folder))
+        for folder in (tmp_path / "output", models / "one" / "model_index.json")
+    )
+    assert well.returncode == 0, well.stdout
+    assert f"pictures are kept in {tmp_path / 'output'}\n" in well.stdout
+    assert ill.returncode == 1
+    assert "pictures cannot be kept in" in ill.stdout
+    assert "Set OUTPUT_DIR" in ill.stdout
 
 
 def test_sitter_generate(tmp_path: Path) -> None:

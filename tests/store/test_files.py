@@ -1,7 +1,7 @@
 import errno
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
@@ -119,19 +119,33 @@ def a_file(folder: Path) -> None:
     folder.touch()
 
 
-@pytest.mark.parametrize("spoil", [read_only, a_file])
-def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+@pytest.fixture(params=[read_only, a_file])
+def spoiled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "output"
     folder.mkdir()
     user = os.geteuid()
     try:
-        spoil(folder)
-        with pytest.raises(StorageUnavailable, match="output/ cannot be written to"):
-            PictureFolder(folder).save_all("a", [b"png"], NOON)
+        request.param(folder)
+        yield folder
     finally:
         os.seteuid(user)
         folder.chmod(0o755)
     assert folder.is_file() or not any(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(spoiled: Path) -> None:
+    with pytest.raises(StorageUnavailable, match=r"^output/ cannot be written to"):
+        PictureFolder(spoiled).save_all("a", [b"png"], NOON)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_picture(spoiled: Path) -> None:
+    with pytest.raises(StorageUnavailable, match=f"cannot be kept in {spoiled}: "):
+        PictureFolder(spoiled).check()
+
+
+def test_a_good_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    PictureFolder(tmp_path / "new" / "folder").check()
+    assert names(tmp_path / "new/folder") == set()
 
 
 def test_a_disk_without_hard_links_keeps_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
