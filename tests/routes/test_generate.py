@@ -25,6 +25,13 @@ def test_a_model_of_any_name_is_told_in_a_header(client: TestClient, tmp_path: P
     assert unquote(answer.headers["X-Model-Used"]) == str(tmp_path / "модели" / "ада")
 
 
+def test_the_root_leads_to_the_docs(client: TestClient) -> None:
+    answer = client.get("/", follow_redirects=False)
+    assert (answer.status_code, answer.headers["Location"]) == (307, "/docs")
+    assert client.get("/").text == client.get("/docs").text
+    assert "/" not in client.get("/openapi.json").json()["paths"]
+
+
 def test_a_path_with_a_slash_too_many_is_not_found(client: TestClient) -> None:
     answer = client.post("/generate/", json=SMALL, follow_redirects=False)
     assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
