@@ -92,6 +92,8 @@ def generate(
                 lambda done, of: progress.update(bar, description="drawing", completed=done, total=of),
             )
         output.write_bytes(generation.pngs[0])
+        for warning in generation.warnings:
+            to_people.print(escape(warning))
         to_people.print(f"{output}: {generation.model_id}, seed {generation.seeds[0]}")
 
 

@@ -40,13 +40,23 @@ DRAWING_AND_NEXT = 2  # models in use at once: one draws, the next loads meanwhi
 
 @dataclass(frozen=True)
 class Generation:
-    """Drawn pictures as PNG bytes with the seed of each, and how they were made."""
+    """Drawn pictures as PNG bytes with the seed of each, how they were made, and what of the prompts was not read."""
 
     pngs: list[bytes]
     seeds: list[int]
     model_id: str
     cache_hit: bool
     timings: Timings
+    unread: dict[str, str]  # by field of the request
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was not read, in sentences for people."""
+        return [
+            f'The {field.replace("_", " ")} is too long for this model, which did not read "…{words}". '
+            "Put what matters first."
+            for field, words in self.unread.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class ModelService:
         )
         log.info("drawn", model=source.model_id, cache_hit=drawn.cache_hit, **timings.model_dump())
         seeds = [seed + index for index in range(len(pngs))]
-        return Generation(pngs, seeds, source.model_id, drawn.cache_hit, timings)
+        return Generation(pngs, seeds, source.model_id, drawn.cache_hit, timings, drawn.drawing.unread)
 
     @contextmanager
     def lease(self, source: ModelSource) -> Iterator[LeasedModel]:

@@ -133,6 +133,9 @@ class GenerateResponse(BaseModel):
     )
     timings: Timings = Field(description="Seconds by phase.")
     images: list[GeneratedImage] = Field(description="Every picture, the first included.")
+    warnings: list[str] = Field(
+        description="For people: what of a prompt was too long for the model to read. Usually empty.", examples=[[]]
+    )
 
 
 class HealthResponse(BaseModel):

@@ -12,10 +12,11 @@ from api.store.files import PictureFolder
 
 @dataclass(frozen=True)
 class Generated:
-    """The answer, and the first picture's PNG."""
+    """The answer, the first picture's PNG, and the fields of the request that were too long to be read whole."""
 
     response: GenerateResponse
     png: bytes
+    cut: list[str]
 
 
 def generate(request: GenerateRequest, models: ModelService, pictures: PictureFolder) -> Generated:
@@ -41,5 +42,6 @@ def generate(request: GenerateRequest, models: ModelService, pictures: PictureFo
         cache="hit" if generation.cache_hit else "miss",
         timings=generation.timings,
         images=images,
+        warnings=generation.warnings,
     )
-    return Generated(response, generation.pngs[0])
+    return Generated(response, generation.pngs[0], list(generation.unread))

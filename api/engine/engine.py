@@ -38,6 +38,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        diffusers.utils.logging.set_verbosity_error()  # whatever the environment says: its warnings quote prompts
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self._pool = weights.TensorPool()

@@ -46,6 +46,10 @@ async def generate_json(request: Drawn, service: ServiceDep, waiting: WaitingDep
                 "X-Model-Used": {"description": "The model that drew it.", "schema": {"type": "string"}},
                 "X-Generation-Time": {"description": "Seconds it took.", "schema": {"type": "number"}},
                 "X-Seed": {"description": "The seed that draws it again.", "schema": {"type": "integer"}},
+                "X-Warning": {
+                    "description": "Only where a prompt was too long to be read whole; `/generate` says which words.",
+                    "schema": {"type": "string"},
+                },
             },
         },
     },
@@ -60,4 +64,6 @@ async def generate_png(request: Drawn, service: ServiceDep, waiting: WaitingDep)
         "X-Generation-Time": f"{done.response.generation_time:.3f}",
         "X-Seed": str(done.response.seed),
     }
+    if done.cut:
+        headers["X-Warning"] = f"too long to be read whole: {', '.join(done.cut)}"
     return Response(done.png, media_type="image/png", headers=headers)

@@ -38,6 +38,17 @@ def test_the_answer_is_what_is_on_the_disk(models: ModelService, tmp_path: Path,
     assert {path.name for path in tmp_path.iterdir()} == {Path(image.image_path).name for image in answer.images}
 
 
+def test_what_was_not_read_is_told(models: ModelService, tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    short = generate(builders.request(negative_prompt="a hat"), models, folder)
+    assert (short.response.warnings, short.cut) == ([], [])
+    long = generate(builders.request(negative_prompt="word " * 60 + "zebra finch"), models, folder)
+    [warning] = long.response.warnings
+    assert warning.startswith("The negative prompt is too long")
+    assert 'zebra finch"' in warning
+    assert long.cut == ["negative_prompt"]
+
+
 def test_the_cache_is_told(models: ModelService, tmp_path: Path) -> None:
     models.clear_cache()
     answers = [generate(builders.request(), models, PictureFolder(tmp_path)).response for _ in range(2)]

@@ -69,6 +69,7 @@ def test_generate_answers_every_field(server: Server, output: Path) -> None:
         "cache": str,
         "timings": dict,
         "images": list,
+        "warnings": list,
     }
     assert {name: type(value) for name, value in answer.items()} == types
     assert answer["success"] is True
@@ -85,6 +86,13 @@ def test_generate_answers_every_field(server: Server, output: Path) -> None:
     assert re.fullmatch(r"user_123_\d{8}_\d{6}\.png", path.name)
     assert path.stem == answer["image_id"]
     assert path.read_bytes() == png_of(answer)
+
+
+def test_words_that_were_not_read_are_told_and_not_logged(server: Server) -> None:
+    assert server.drawn()["warnings"] == []
+    [warning] = server.drawn(prompt="word " * 100 + CANARY)["warnings"]
+    assert CANARY in warning
+    assert CANARY not in server.log
 
 
 def test_the_defaults_are_those_of_the_contract(server: Server) -> None:

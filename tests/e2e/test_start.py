@@ -217,8 +217,10 @@ def test_sitter_doctor_tries_the_output_folder(models: Path, tmp_path: Path) -> 
 def test_sitter_generate(tmp_path: Path) -> None:
     fields = {"--steps": "1", "--width": "320", "--height": "256", "--seed": "3", "--user": "ada"}
     options = [part for option in fields.items() for part in option]
-    ended = run(*SITTER, "generate", SMALL["prompt"], *options, "-o", str(tmp_path / "x.png"))
+    prompt = "sks person " * 60 + "as a knight"
+    ended = run(*SITTER, "generate", prompt, *options, "-o", str(tmp_path / "x.png"))
     assert ended.returncode == 0, ended.stderr
+    assert re.search(r'The prompt is too long .* did not read "….* as a knight"', ended.stderr.replace("\n", " "))
     assert open_png((tmp_path / "x.png").read_bytes()).size == (320, 256)
     assert "models/sitters/ada, seed 3" in ended.stderr
 
