@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from api import __version__, serving
-from api.config import DEFAULT_USER, Settings, SettingsError, load_settings
-from api.errors import SitterError, StorageUnavailable
+from api.config import DEFAULT_USER, Settings, load_settings
+from api.errors import SettingsError, SitterError, StorageUnavailable
 from api.model_service import ModelService
 from api.schemas import CacheResponse, GenerateRequest, Scheduler
 from api.store.files import PictureFolder

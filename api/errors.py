@@ -1,4 +1,11 @@
-"""One tree of errors. Each carries its HTTP status, a stable code for programs and a hint for people."""
+"""One tree of errors. Each carries its HTTP status, a stable code for programs and a hint for people.
+
+SettingsError stands beside it: it stops the start, so that no client ever sees it.
+"""
+
+
+class SettingsError(Exception):
+    """A setting is unknown or has a value that does not fit; the message says which, where and why."""
 
 
 class SitterError(Exception):

@@ -11,8 +11,8 @@ if __package__ in (None, ""):  # started from inside api/: the package is one fo
 from fastapi import FastAPI
 
 from api import __version__
-from api.config import Settings, SettingsError, load_settings
-from api.errors import StorageUnavailable
+from api.config import Settings, load_settings
+from api.errors import SettingsError, StorageUnavailable
 from api.routes import cache, generate, health
 from api.routes.docs import add_docs
 from api.routes.errors import add_error_handlers

@@ -9,7 +9,8 @@ from types import FrameType
 
 import uvicorn
 
-from api.config import Settings, SettingsError
+from api.config import Settings
+from api.errors import SettingsError
 
 GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
 # Addresses to listen on that are none to go to, and where this machine finds what listens there.

@@ -19,7 +19,7 @@ domain
 providers
 model_service
 store | engine
-config errors schemas
+config errors origins schemas
 __init__ | test_api
 """
 
