@@ -4,29 +4,27 @@ import asyncio
 import os
 import platform
 import signal
-import socket
 import time
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, cast
 
 import httpx2
 import typer
-import uvicorn
 from pydantic import ValidationError
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from api import __version__
+from api import __version__, serving
 from api.cli_people import console, errors_for_people, to_people
 from api.config import DEFAULT_USER, Settings, load_settings
 from api.domain.accounts import check_host
 from api.errors import SitterError, StorageUnavailable
 from api.model_service import ModelService
 from api.schemas import CacheResponse, GenerateRequest, Scheduler
-from api.wiring import GRACEFUL_SECONDS, Service, migrate_database, open_models, open_service, working
+from api.store.files import PictureFolder
+from api.wiring import Service, migrate_database, open_models, open_service, working
 
 app = typer.Typer(
     help="Draws people from their own fine-tuned models.",
@@ -39,32 +37,10 @@ app.add_typer(database, name="db")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
 
 
-class _Announcing(uvicorn.Server):
-    """Says where the service is once it listens."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.should_exit:
-            return
-        address = _url(*self.servers[0].sockets[0].getsockname()[:2])
-        curl = (
-            f"curl -s {address}/generate/image -H 'Content-Type: application/json' \\\n"
-            """    -d '{"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada"}' -o ada.png"""
-        )
-        print(
-            f"\nSitter is at {address} (the API to try: {address}/docs). A picture of Ada:\n\n  {curl}\n",
-            flush=True,
-        )
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [HOST, 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on [PORT, 8000].")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on [PORT, 8000].")] = None,
 ) -> None:
     """Start the HTTP server."""
     # The application reads its settings by itself, also under `uvicorn main:app`: options reach it as they do there.
@@ -72,22 +48,8 @@ def serve(
     with errors_for_people():
         settings = load_settings()
         check_host(settings)
-    config = uvicorn.Config(
-        "api.main:app",
-        host=settings.host,
-        port=settings.port,
-        log_level="warning" if settings.log_level == "info" else settings.log_level,
-        timeout_graceful_shutdown=int(GRACEFUL_SECONDS),
-    )
-    try:
-        listening = config.bind_socket()  # first, so that a taken port is told at once
-    except SystemExit:  # uvicorn has said why
-        address = f"{settings.host}:{settings.port}"
-        to_people.print(f"{address} is not free: choose another address with HOST or PORT, or end what has it.")
-        raise
-    with suppress(KeyboardInterrupt):  # which uvicorn raises once it has stopped, unless that is ignored
-        _Announcing(config).run([listening])
-    to_people.print("Stopped.")
+        PictureFolder(settings.output_dir).check()
+        serving.serve(settings)
 
 
 @app.command()
@@ -132,6 +94,8 @@ def generate(
                 lambda step: progress.update(bar, description="drawing", completed=step.done, total=step.of),
             )
         output.write_bytes(generation.pngs[0])
+        for warning in generation.warnings:
+            to_people.print(escape(warning))
         to_people.print(f"{output}: {generation.model_id}, seed {generation.seeds[0]}")
 
 
@@ -178,7 +142,7 @@ def models(
     """Show which models the running server holds in memory."""
     with errors_for_people():
         settings = load_settings()
-        url = address or _url(settings.host, settings.port)
+        url = address or serving.url(settings.host, settings.port)
         try:
             answer = CacheResponse.model_validate_json(
                 httpx2.get(f"{url}/cache", timeout=10).raise_for_status().content
@@ -207,8 +171,19 @@ def doctor() -> None:
             for device, budget in models.cache.budgets.items():
                 free = engine.free_bytes(device)
                 console.print(f"memory for models on {device}: {budget / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
-            failed = _try_models(settings, models)
+            failed = _try_output(settings, PictureFolder(settings.output_dir)) + _try_models(settings, models)
     raise typer.Exit(1 if failed else 0)
+
+
+def _try_output(settings: Settings, pictures: PictureFolder) -> int:
+    """Says where pictures are kept, and returns 1 when they cannot be."""
+    try:
+        pictures.check()
+    except StorageUnavailable as error:
+        console.print(f"[red]{escape(error.detail)}[/]\n{escape(error.hint)}")
+        return 1
+    console.print(f"pictures are kept in {escape(str(settings.output_dir))}")
+    return 0
 
 
 def _try_models(settings: Settings, service: ModelService) -> int:

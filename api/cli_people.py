@@ -8,8 +8,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from api.config import SettingsError
-from api.errors import SitterError
+from api.errors import SettingsError, SitterError
 
 console = Console()
 to_people = Console(stderr=True, highlight=False)

@@ -22,13 +22,17 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+
+from api.errors import SettingsError
+from api.origins import NamedSource, explain, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: relative model paths start here."""
@@ -49,10 +53,6 @@ USER_MODELS: dict[str, Any] = {
 
 DEFAULT_USER = "default"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-class SettingsError(Exception):
-    """A setting is unknown or has a value that does not fit; the message says which and why."""
 
 
 class ModelSource(BaseModel):
@@ -238,8 +238,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Weighs the sources: arguments, environment, `.env`, then the YAML file named by SITTER_CONFIG."""
-        yaml = YamlConfigSettingsSource(settings_cls, yaml_file=_yaml_file())
-        return init_settings, *(_WholeModels(source) for source in (env_settings, dotenv_settings, yaml))
+        return init_settings, *_named(env_settings, dotenv_settings)
 
     @property
     def database(self) -> str:
@@ -251,33 +250,20 @@ class Settings(BaseSettings):
         return self.user_models.get(user_id, self.user_models[DEFAULT_USER])
 
 
-class _WholeModels(PydanticBaseSettingsSource):
-    """A source whose models replace those of the sources below whole: a base of one with a LoRA of another is nobody.
-
-    Pydantic merges dictionaries of several sources key by key, at every depth; what is no dict, it replaces.
-    """
-
-    def __init__(self, source: PydanticBaseSettingsSource) -> None:
-        super().__init__(source.settings_cls)
-        self._source = source
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._source.get_field_value(field, field_name)
-
-    def __call__(self) -> dict[str, Any]:
-        data = self._source()
-        models = data.get("user_models")
-        if not isinstance(models, dict):
-            return data
-        whole = {user: MappingProxyType(model) if isinstance(model, dict) else model for user, model in models.items()}
-        return {**data, "user_models": whole}
-
-
 def _yaml_file() -> Path:
     named = os.environ.get("SITTER_CONFIG")
     if named and not Path(named).is_file():
         raise SettingsError(f"SITTER_CONFIG names {named}, which is not a file")
     return Path(named) if named else ROOT / "sitter.yaml"
+
+
+def _named(env: PydanticBaseSettingsSource, dotenv: PydanticBaseSettingsSource) -> list[NamedSource]:
+    file = _yaml_file()
+    try:
+        yaml = YamlConfigSettingsSource(Settings, yaml_file=file)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SettingsError(f"{file.name} has more than settings in it: they look like `port: 8000`") from error
+    return [NamedSource("the environment", env), NamedSource(".env", dotenv), NamedSource(file.name, yaml)]
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -287,15 +273,15 @@ def load_settings(**overrides: Any) -> Settings:
         SettingsError: a value does not fit, a file names an unknown setting, or the environment has a
             `SITTER_…` variable that nobody knows.
     """
-    unknown = sorted(name for name in os.environ if name.startswith("SITTER_") and name != "SITTER_CONFIG")
-    if unknown:
-        raise SettingsError(f"unknown setting {unknown[0]}: settings have no prefix (HOST, PORT, USE_GPU, …)")
+    ours = sorted(name for name in os.environ if name.startswith("SITTER_") and name != "SITTER_CONFIG")
+    if ours:
+        raise SettingsError(unknown(ours[0], "the environment", [name.upper() for name in Settings.model_fields]))
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]).upper() or "settings"
-        raise SettingsError(f"{name}: {first['msg']}") from error
+        sources = _named(EnvSettingsSource(Settings), DotEnvSettingsSource(Settings))
+        reason = explain(error, sources, Settings.model_fields, ModelSource.model_fields)
+        raise SettingsError(reason) from error
     except SettingsError:
         raise
     except Exception as error:  # a file that is no YAML, a variable that is no JSON: each library has its own

@@ -1,4 +1,11 @@
-"""One tree of errors. Each carries its HTTP status, a stable code for programs and a hint for people."""
+"""One tree of errors. Each carries its HTTP status, a stable code for programs and a hint for people.
+
+SettingsError stands beside it: it stops the start, so that no client ever sees it.
+"""
+
+
+class SettingsError(Exception):
+    """A setting is unknown or has a value that does not fit; the message says which, where and why."""
 
 
 class SitterError(Exception):
@@ -163,7 +170,7 @@ class StorageUnavailable(SitterError):
     """The output folder cannot be written to; nothing was left behind."""
 
     code = "storage_unavailable"
-    hint = "OUTPUT_DIR must be a folder that the server may write to."
+    hint = "Set OUTPUT_DIR to a folder that the server may write to."
 
 
 class ShuttingDown(SitterError):

@@ -14,9 +14,10 @@ if __package__ in (None, ""):  # started from inside api/: the package is one fo
 from fastapi import FastAPI
 
 from api import __version__
-from api.config import Settings, SettingsError, load_settings
+from api.config import Settings, load_settings
 from api.domain.metrics import Metrics
 from api.domain.users import offer_setup
+from api.errors import SettingsError, StorageUnavailable
 from api.model_service import ModelService
 from api.routes import accounts, admin, cache, generate, health, images, jobs, metrics, setup
 from api.routes.docs import add_docs
@@ -24,6 +25,7 @@ from api.routes.errors import add_error_handlers, error_responses
 from api.routes.guard import add_guard
 from api.routes.limits import BodyLimit
 from api.routes.observed import Observed
+from api.store.files import PictureFolder
 from api.wiring import MakeModels, Service, open_service, working
 
 DESCRIPTION = """Draws people from their own fine-tuned models: `sks person` in a prompt is whoever `user_id` names.
@@ -82,17 +84,23 @@ def _draining_when_told(service: Service) -> Iterator[None]:
         yield
     finally:
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            if signal.getsignal(kind) is told:
+                signal.signal(kind, handler)
 
 
 def __getattr__(name: str) -> FastAPI:
     """Makes `app` for `uvicorn main:app` when it is asked for: importing this module reads no settings."""
     if name == "app":
         try:
-            return create_app(load_settings())
+            settings = load_settings()
+            PictureFolder(settings.output_dir).check()
         except SettingsError as error:
             print(f"{error}\nThe README lists every setting.", file=sys.stderr)
             raise SystemExit(2) from error
+        except StorageUnavailable as error:
+            print(f"{error.detail}\n{error.hint}", file=sys.stderr)
+            raise SystemExit(1) from error
+        return create_app(settings)
     raise AttributeError(name)
 
 

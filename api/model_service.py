@@ -19,7 +19,8 @@ import structlog
 
 from api.config import ModelSource, Settings
 from api.engine.cache import Lease, Loaded, ModelCache, Reserve
-from api.errors import EngineUnavailable, ModelUnavailable, OutOfMemory, ShuttingDown
+from api.engine.finder import Finder
+from api.errors import EngineUnavailable, OutOfMemory, ShuttingDown
 from api.schemas import GenerateRequest, Timings
 
 if TYPE_CHECKING:
@@ -34,20 +35,28 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 RANDOM_SEEDS = 2**32
-FAILURE_MEMORY_SECONDS = 30.0
 DRAWING_AND_NEXT = 2  # models in use at once: one draws, the next loads meanwhile
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Drawn pictures as PNG bytes with the seed of each, and how they were made."""
+    """Drawn pictures as PNG bytes with the seed of each, how they were made, and what of the prompts was not read."""
 
     pngs: list[bytes]
     seeds: list[int]
     model_id: str
     cache_hit: bool
     timings: Timings
-    warnings: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)  # by field of the request
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was not read, in sentences for people; they hold words of the prompt."""
+        return [
+            f'The {field.replace("_", " ")} is too long for this model, which did not read "…{words}". '
+            "Put what matters first."
+            for field, words in self.unread.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,6 @@ class _Drawn:
     queue_seconds: float
 
 
-@dataclass(frozen=True)
-class _Failure:
-    detail: str
-    hint: str
-    until: float
-
-
 class ModelService:
     """Draws requests, each with its user's model.
 
@@ -96,8 +98,7 @@ class ModelService:
         self._started: Future[tuple[Engine, ModelCache[Any]]] = self._drawing.submit(_start, settings)
         self._stopping = threading.Event()
         self._turns = threading.Semaphore(DRAWING_AND_NEXT)
-        self._found: dict[ModelSource, FoundBase] = {}
-        self._failures: dict[ModelSource, _Failure] = {}
+        self._finder = Finder(self._find_base)
 
     @property
     def engine(self) -> "Engine":
@@ -133,7 +134,7 @@ class ModelService:
         )
         log.info("drawn", model=source.model_id, cache_hit=drawn.cache_hit, **timings.model_dump())
         seeds = [seed + index for index in range(len(pngs))]
-        return Generation(pngs, seeds, source.model_id, drawn.cache_hit, timings)
+        return Generation(pngs, seeds, source.model_id, drawn.cache_hit, timings, drawn.drawing.unread)
 
     def warm(self) -> frozenset[str]:
         """Returns the ids of the models in memory; none while the engine starts."""
@@ -176,8 +177,7 @@ class ModelService:
 
     def clear_cache(self) -> tuple[int, int]:
         """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
-        self._failures.clear()
-        self._found.clear()
+        self._finder.clear()
         freed = self.cache.clear()
         self.engine.free_memory()
         return freed
@@ -188,7 +188,7 @@ class ModelService:
         self._drawing.shutdown(wait=True, cancel_futures=True)
 
     def _draw_with_model(self, source: ModelSource, request: GenerateRequest, seed: int, on_step: "OnStep") -> _Drawn:
-        self._find(source).check_size(request.width, request.height)
+        self._finder.find(source).check_size(request.width, request.height)
         asked = time.perf_counter()
 
         def checked_step(step: "Step") -> None:
@@ -210,37 +210,20 @@ class ModelService:
                 queued = (turn - asked) + (began - leased)
                 return _Drawn(drawing, model.cache_hit, load_seconds=leased - turn, queue_seconds=queued)
 
-    def _find(self, source: ModelSource) -> "FoundBase":
-        """Returns where the base is on this disk; a hub is asked once a process, and not while it draws."""
-        failure = self._failures.get(source)
-        if failure and time.monotonic() < failure.until:
-            raise ModelUnavailable(failure.detail, failure.hint)
-        base = source.without_lora()
-        if base not in self._found:
-            with self._remembering_failure(source):
-                self._found[base] = self.engine.find_base(base)
-        return self._found[base]
+    def _find_base(self, source: ModelSource) -> "FoundBase":
+        return self.engine.find_base(source)  # the engine is not there yet when the finder is made
 
     def _acquire(self, source: ModelSource, leases: ExitStack) -> LeasedModel:
-        found = self._find(source)
-        with self._remembering_failure(source):
-            base = self._retried_without_idle(lambda: self._lease_base(source.without_lora(), found))
-            leases.callback(base.release)
-            if source.lora is None:
-                return LeasedModel(base.value, None, base.hit)
+        found, base_source = self._finder.find(source), source.without_lora()
+        with self._finder.remembering_failure(base_source):
+            base = self._retried_without_idle(lambda: self._lease_base(base_source, found))
+        leases.callback(base.release)
+        if source.lora is None:
+            return LeasedModel(base.value, None, base.hit)
+        with self._finder.remembering_failure(source):
             adapter = self._retried_without_idle(lambda: self._lease_adapter(source, base.value))
-            leases.callback(adapter.release)
-            return LeasedModel(base.value, adapter.value, base.hit and adapter.hit)
-
-    @contextmanager
-    def _remembering_failure(self, source: ModelSource) -> Iterator[None]:
-        """Remembers for a while that a model is unavailable, so that the next request is told at once."""
-        try:
-            yield
-        except ModelUnavailable as error:
-            self._found.pop(source.without_lora(), None)
-            self._failures[source] = _Failure(error.detail, error.hint, time.monotonic() + FAILURE_MEMORY_SECONDS)
-            raise
+        leases.callback(adapter.release)
+        return LeasedModel(base.value, adapter.value, base.hit and adapter.hit)
 
     def _lease_base(self, source: ModelSource, found: "FoundBase") -> "Lease[Base]":
         def load(reserve: Reserve) -> "Loaded[Base]":
@@ -251,9 +234,9 @@ class ModelService:
 
     def _lease_adapter(self, source: ModelSource, base: "Base") -> "Lease[Adapter]":
         def load(reserve: Reserve) -> "Loaded[Adapter]":
-            path = self.engine.find_adapter(source)
-            reserve({"cpu": path.stat().st_size})
-            return self.engine.load_adapter(path, base, source.lora_scale)
+            file = self.engine.find_adapter(source)
+            reserve({"cpu": file.stat().st_size})
+            return self.engine.load_adapter(file, base, source.lora_scale)
 
         return self.cache.lease(source, load)
 

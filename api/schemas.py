@@ -132,11 +132,13 @@ class GenerateResponse(BaseModel):
         description="Whether the model was in memory already, or on its way there.", examples=["hit"]
     )
     timings: Timings = Field(description="Seconds by phase.")
-    warnings: list[str] = Field(description="What was not as asked, in words; empty as a rule.", examples=[[]])
     job_id: str = Field(
         description="The job that drew it, for GET /jobs/{id}.", examples=["019a9f3c2d10b1946ac93f21d07e"]
     )
     images: list[GeneratedImage] = Field(description="Every picture, the first included.")
+    warnings: list[str] = Field(
+        description="For people: what of a prompt was too long for the model to read. Usually empty.", examples=[[]]
+    )
 
 
 class HealthResponse(BaseModel):

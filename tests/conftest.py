@@ -101,3 +101,12 @@ async def database(database_url: str, anyio_backend: str) -> AsyncIterator[Datab
     opened = Database(database_url)
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+def stocked(hub: Hub, base_folder: Path) -> Hub:
+    """A hub with the tiny base, and beside it what nobody needs."""
+    files = [file for file in base_folder.rglob("*") if file.is_file()]
+    hub.files = {str(file.relative_to(base_folder)): file.read_bytes() for file in files}
+    hub.files |= dict.fromkeys(("README.md", "unet/model.bin", "unet/model.fp16.safetensors", "a.ckpt"), b"not wanted")
+    return hub

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from api import config
-from api.config import ROOT, ModelSource, Settings, SettingsError, load_settings, locate
+from api.config import ROOT, ModelSource, Settings, load_settings, locate
+from api.errors import SettingsError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -69,27 +70,79 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().port == 8000
 
 
-@pytest.mark.parametrize("content", ["PROT=1\n", "SITTER_PORT=1\n"])
-def test_an_unknown_setting_in_dotenv_stops_the_start(dotenv: Path, content: str) -> None:
-    dotenv.write_text(content)
-    assert content.partition("=")[0].lower() in refused().lower()
+@pytest.mark.parametrize("name", ["PROT", "SITTER_PORT"])
+def test_an_unknown_setting_in_dotenv_stops_the_start(dotenv: Path, name: str) -> None:
+    dotenv.write_text(f"{name}=1\n")
+    assert refused() == f"unknown setting {name} in .env; did you mean PORT?"
 
 
 def test_an_unknown_setting_in_yaml_stops_the_start(yaml: Path) -> None:
     yaml.write_text("prot: 1\n")
-    assert refused().startswith("PROT: ")
+    assert refused() == "unknown setting prot in sitter.yaml; did you mean PORT?"
+    yaml.write_text("zebra: 1\n")
+    assert refused() == "unknown setting zebra in sitter.yaml"
 
 
-@pytest.mark.parametrize("content", ["{", "- port\n", "just words\n", "port: [\n", "\x00", "\tport: 1"])
+def test_an_unknown_field_of_a_model_stops_the_start(yaml: Path) -> None:
+    yaml.write_text("user_models: {Ada: {base: a, scale: 1}}")
+    assert refused() == "unknown setting USER_MODELS.Ada.scale in sitter.yaml; did you mean lora_scale?"
+
+
+def test_a_setting_in_yaml_may_be_written_in_capitals(yaml: Path) -> None:
+    yaml.write_text("PORT: 9\nUser_Models: {Ada: {base: mine}}\n")
+    settings = load_settings()
+    assert (settings.port, settings.user_models["Ada"].base) == (9, "mine")
+
+
+@pytest.mark.parametrize("content", ["{", "- port\n", "just words\n", "port: [\n", "\x00", "\tport: 1", "1: 2"])
 def test_a_broken_yaml_file_stops_the_start(yaml: Path, content: str) -> None:
     yaml.write_text(content)
-    assert refused()
+    assert "sitter.yaml" in refused()
 
 
-@pytest.mark.parametrize("name", ["SITTER_PORT", "SITTER_", "SITTER_CONFIGURATION"])
-def test_a_variable_with_our_name_that_nobody_knows_stops_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "meant"), [("SITTER_PORT", "; did you mean PORT?"), ("SITTER_", ""), ("SITTER_CONFIGURATION", "")]
+)
+def test_a_variable_with_our_name_that_nobody_knows_stops_the_start(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, "1")
-    assert f"unknown setting {name}:" in refused()
+    assert refused() == f"unknown setting {name} in the environment{meant}"
+
+
+def test_a_bad_value_is_told_with_its_source(
+    tmp_path: Path, dotenv: Path, yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml.write_text("port: x\n")
+    assert refused().endswith("(from sitter.yaml)")
+    (tmp_path / "other.yaml").write_text("port: x\n")
+    monkeypatch.setenv("SITTER_CONFIG", str(tmp_path / "other.yaml"))
+    assert refused().endswith("(from other.yaml)")
+    dotenv.write_text("PORT=y\n")
+    assert refused().endswith("(from .env)")
+    monkeypatch.setenv("PORT", "z")
+    assert refused().endswith("(from the environment)")
+    assert refused().startswith("PORT: ")
+
+
+def test_a_bad_model_is_told_with_its_user_and_source(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml.write_text("user_models: {Ada: {base: ''}, bo: mine}")
+    monkeypatch.setenv("USER_MODELS", '{"eve": "a"}')
+    assert refused().startswith("USER_MODELS.Ada.base: ")
+    assert refused().endswith("(from sitter.yaml)")
+    monkeypatch.setenv("USER_MODELS", '{"Ada": {"lora": "a"}}')
+    assert refused() == "USER_MODELS.Ada.base: Field required (from the environment)"
+
+
+def test_a_bad_model_in_the_code_has_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.USER_MODELS, "Ada", {"lora": "a"})
+    assert refused() == "USER_MODELS.Ada.base: Field required"
+
+
+def test_models_that_are_no_json_are_told_with_their_source(dotenv: Path) -> None:
+    dotenv.write_text("USER_MODELS={broken\n")
+    assert refused().startswith("USER_MODELS: this is not JSON: ")
+    assert refused().endswith("(from .env)")
 
 
 @pytest.mark.parametrize(

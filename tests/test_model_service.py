@@ -235,7 +235,7 @@ def test_a_broken_model_is_remembered_until_the_cache_is_cleared(
 def test_a_broken_model_is_tried_again_after_a_while(
     open_service: Open, tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.model_service.FAILURE_MEMORY_SECONDS", 0.0)
+    monkeypatch.setattr("api.engine.finder.FAILURE_MEMORY_SECONDS", 0.0)
     service = open_service({"eve": builders.source(tmp_path / "eve")})
     with pytest.raises(ModelUnavailable, match="is not there"):
         draw(service, "eve")

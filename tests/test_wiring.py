@@ -19,7 +19,7 @@ def test_tracebacks_hold_no_prompt(
     terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    wiring._configure_logging("info")
+    wiring.configure_logging("info")
     secret = "".join(["zebra", "finch"])  # in no line of source that a traceback shows
     try:
         _ = [][len(secret)]

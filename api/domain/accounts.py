@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import structlog
 from sqlalchemy import delete, or_, select, update
 
-from api.config import DEFAULT_USER, Settings, SettingsError
+from api.config import DEFAULT_USER, Settings
 from api.domain import audit, quota
 from api.domain.passwords import Passwords, Throttle
 from api.domain.rate import Limiter
@@ -28,7 +28,7 @@ from api.domain.tokens import (
     make_token,
     read_token,
 )
-from api.errors import Forbidden, NotAuthenticated
+from api.errors import Forbidden, NotAuthenticated, SettingsError
 from api.store.database import Database
 from api.store.tables import ApiKey, EndedSession, User, now
 from api.store.vault import Vault

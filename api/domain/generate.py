@@ -18,6 +18,8 @@ from api.store.vault import Vault
 if TYPE_CHECKING:
     from api.engine.pipeline import OnStep
 
+SENSITIVE_WARNING = "The prompt is too long for this model, which did not read its end. Put what matters first."
+
 
 @dataclass(frozen=True)
 class Studio:
@@ -70,7 +72,8 @@ def _generate(studio: Studio, job: Request, on_step: "OnStep") -> Finished:
         )
     timings = generation.timings.model_dump()
     timings["queue"] += waited
-    return Finished(images, generation.model_id, generation.cache_hit, timings, generation.warnings, seconds)
+    warnings = [SENSITIVE_WARNING] if job.sensitive and generation.unread else generation.warnings
+    return Finished(images, generation.model_id, generation.cache_hit, timings, warnings, seconds)
 
 
 def picture_name(job: Request, position: int) -> str:

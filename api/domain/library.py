@@ -168,7 +168,7 @@ async def sweep(pictures: PictureFolder, database: Database, seconds: float = OR
     They are left by a server that died between two steps, or drawn by a worker that had lost its job.
     """
     parts = await anyio.to_thread.run_sync(pictures.delete_parts_older_than, seconds)
-    old = await anyio.to_thread.run_sync(lambda: dict(pictures.pictures_older_than(seconds)))
+    old = await anyio.to_thread.run_sync(lambda: {name: end for name, _, end in pictures.pictures_older_than(seconds)})
     names = list(old)
     async with database.reading() as session:
         # Jobs first: one that is published between the two is known by its rows.

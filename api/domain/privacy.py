@@ -3,9 +3,9 @@
 import asyncio
 import io
 import json
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from datetime import datetime
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
@@ -96,36 +96,40 @@ async def _zip(
             "usage.json": _usage(user.id),
         }
         for name, page in lists.items():
-            async for part in _list(database, archive, pipe, name, page):
-                yield part
-        last = ""
-        while names := await _pictures(database, user.id, last):
-            for last, name, made in names:
-                async for part in _picture(pictures, archive, pipe, name, made):
+            async with aclosing(_list(database, archive, pipe, name, page)) as parts:
+                async for part in parts:
                     yield part
+        last = ""
+        while found := await _pictures(database, user.id, last):
+            for _, name, made in found:
+                async with aclosing(_picture(pictures, archive, pipe, name, made)) as parts:
+                    async for part in parts:
+                        yield part
+            last = found[-1][0]
     yield pipe.take()
 
 
-async def _list(database: Database, archive: ZipFile, pipe: _Pipe, name: str, page: Page) -> AsyncIterator[bytes]:
+async def _list(database: Database, archive: ZipFile, pipe: _Pipe, name: str, page: Page) -> AsyncGenerator[bytes]:
     """Writes the records of all pages as one JSON list."""
     last, mark = "", "[\n"
     with archive.open(_entry(name), "w") as file:
         while True:
             async with database.reading() as session:
                 records = await page(session, last)
-            for last, record in records:
-                file.write(f"{mark}{_json(record)}".encode())
-                mark = ",\n"
             if not records:
                 break
+            for _, record in records:
+                file.write(f"{mark}{_json(record)}".encode())
+                mark = ",\n"
             yield pipe.take()
+            last = records[-1][0]
         file.write(b"[]\n" if mark == "[\n" else b"\n]\n")
     yield pipe.take()
 
 
 async def _picture(
     pictures: PictureFolder, archive: ZipFile, pipe: _Pipe, name: str, made: datetime
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     path = pictures.path_of(name)
     try:
         file = await anyio.open_file(path, "rb")
@@ -230,9 +234,8 @@ async def erase(
         await session.execute(update(Usage).where(Usage.user_id == user_id).values(user_id=nobody))
         await audit.append(session, caller.name, "user.erased", f"user:{user_id}", images=len(images))
     # Besides what rows knew: what a worker wrote that lost its job meanwhile.
-    written = await anyio.to_thread.run_sync(lambda: [name for name, _ in pictures.pictures_older_than(0)])
-    theirs = re.compile(rf"{re.escape(user_id)}_\d{{8}}_\d{{6}}_[0-9a-f]{{8,28}}(_\d{{1,2}})?\.png")
-    await library.delete_files(pictures, {*images, *filter(theirs.fullmatch, written)})
+    written = await anyio.to_thread.run_sync(lambda: list(pictures.pictures_older_than(0)))
+    await library.delete_files(pictures, {*images, *(name for name, user, _ in written if user == user_id)})
     await anyio.to_thread.run_sync(models.forget, user_id)
 
 

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import nn
 
 from api.engine.sources import LORA_FILES
-from api.engine.weights import SAFETENSORS_HINT, is_out_of_memory, read_header
-from api.errors import ModelUnavailable, SitterError
+from api.engine.weights import SAFETENSORS_HINT, loading, read_header
+from api.errors import ModelUnavailable
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 COMPONENTS = ("unet", "text_encoder")
@@ -101,11 +101,11 @@ def find_adapter_file(path: Path) -> Path:
     raise ModelUnavailable(f"{path.name} has no {LORA_FILES[0]}", SAFETENSORS_HINT)
 
 
-def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:
-    """Returns the adapter at `path`, its factors on the host, for the base `pipeline`.
+def load_adapter(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:
+    """Returns the adapter in `file`, its factors on the host, for the base `pipeline`.
 
     Args:
-        path: the weight file, or the folder with it.
+        file: where its weights are; peft's adapter_config.json may lie beside it.
         pipeline: the base that it is for.
         strength: multiplies every scale; 1 is as trained.
 
@@ -113,16 +113,9 @@ def load_adapter(path: Path, pipeline: StableDiffusionPipeline, strength: float)
         ModelUnavailable: the file is not whole, not a LoRA, of a kind that is refused (DoRA), or made for
             another base. The reason names the first key that does not fit.
     """
-    file = find_adapter_file(path)
     read_header(file)
-    try:
+    with loading(f"the adapter {file.name}", file, "Export it again."):
         return _read(file, pipeline, strength)
-    except SitterError:
-        raise
-    except Exception as error:  # whatever a library makes of a broken file is one thing to the caller
-        if is_out_of_memory(error):
-            raise
-        raise ModelUnavailable(f"the adapter {file.name} does not load: {error}", "Export it again.") from error
 
 
 def _read(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Adapter:

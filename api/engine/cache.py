@@ -9,8 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 from api.errors import ModelUnavailable
 
@@ -50,7 +49,7 @@ class EntryInfo:
 
 
 class Lease(Generic[T]):
-    """A model in use: it is not evicted before `release`. Also a context manager; release is idempotent."""
+    """A model in use: it is not evicted before `release`, which is idempotent."""
 
     def __init__(self, cache: "ModelCache[T]", entry: _Entry[T], hit: bool) -> None:
         self._cache = cache
@@ -64,14 +63,6 @@ class Lease(Generic[T]):
         if entry is not None:
             del self.value
             self._cache._release(entry)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class ModelCache(Generic[T]):

@@ -8,9 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from api.config import Settings
-from api.engine.sources import TENSOR_COMPONENTS, FoundBase, check_folder, weight_files
-from api.engine.weights import TensorPool, is_out_of_memory, read_header
-from api.errors import ModelUnavailable, SitterError
+from api.engine.sources import TENSOR_COMPONENTS, FoundBase, check_folder
+from api.engine.weights import TensorPool, loading, read_header
+from api.errors import ModelUnavailable
 
 # While they load, diffusers, transformers and accelerate change torch itself (`nn.Module.register_parameter`,
 # the initialisers, the default dtype): two loads at once leave weights on "meta", in this model or the next.
@@ -43,17 +43,9 @@ def load_pipeline(found: FoundBase, placement: Placement, pool: TensorPool) -> S
     Raises:
         ModelUnavailable: a file is missing, corrupt, a pickle, or of a pipeline that is not supported.
     """
-    try:
-        with _ONE_LOAD:
-            pipeline = _load_folder(found.path) if found.config is None else _load_file(found.path, found.config)
-            _make_ready(pipeline, placement, pool)
-    except SitterError:
-        raise
-    except Exception as error:  # whatever a library makes of a broken model is one thing to the caller
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelUnavailable(f"{found.name} does not load: {reason}") from error
+    with loading(found.name, found.path), _ONE_LOAD:
+        pipeline = _load_folder(found.path) if found.config is None else _load_file(found.path, found.config)
+        _make_ready(pipeline, placement, pool)
     return pipeline
 
 
@@ -62,13 +54,13 @@ def load_pipeline(found: FoundBase, placement: Placement, pool: TensorPool) -> S
 
 
 def _load_folder(folder: Path) -> StableDiffusionPipeline:
-    check_folder(folder)
+    stored = check_folder(folder)
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     # What a file lacks, diffusers reports; transformers draws it at random.
-    stored = {name for file in weight_files(folder / "text_encoder") for name in read_header(file)}
-    lacking = {_flat_name(name) for name, _ in pipeline.text_encoder.named_parameters()} - set(map(_flat_name, stored))
+    expected = {_flat_name(name) for name, _ in pipeline.text_encoder.named_parameters()}
+    lacking = expected - set(map(_flat_name, stored["text_encoder"]))
     if lacking:
         raise ModelUnavailable(f"{folder.name}/text_encoder has no {min(lacking)}", "Copy or download it again.")
     return pipeline

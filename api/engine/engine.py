@@ -38,6 +38,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        diffusers.utils.logging.set_verbosity_error()  # whatever the environment says: its warnings quote prompts
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self._pool = weights.TensorPool()
@@ -110,10 +111,10 @@ class Engine:
         assert source.lora is not None
         return find_adapter_file(locate(source.lora))
 
-    def load_adapter(self, path: Path, base: Base, strength: float) -> Loaded[Adapter]:
-        """Returns the LoRA at `path`, checked against its base, on the host. Raises ModelUnavailable or OutOfMemory."""
+    def load_adapter(self, file: Path, base: Base, strength: float) -> Loaded[Adapter]:
+        """Returns the LoRA in `file`, checked against its base, on the host. Raises ModelUnavailable or OutOfMemory."""
         with _our_out_of_memory():
-            adapter = load_adapter(path, base, strength)
+            adapter = load_adapter(file, base, strength)
         return Loaded(adapter, weights.storages_of(adapter.tensors()))
 
     def draw(

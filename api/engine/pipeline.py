@@ -46,11 +46,12 @@ OnStep = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class Drawing:
-    """Finished pictures, and the seconds that denoising and decoding took."""
+    """Finished pictures, the seconds that denoising and decoding took, and what of the prompts was not read."""
 
     images: list[Image.Image]
     denoise_seconds: float
     decode_seconds: float
+    unread: dict[str, str]  # by field of the request
 
 
 def draw(
@@ -106,7 +107,25 @@ def draw(
         ).images
         denoised = time.perf_counter()
         images = _decode(own, latents)
-    return Drawing(images, denoised - started, time.perf_counter() - denoised)
+    decoded = time.perf_counter()
+    return Drawing(images, denoised - started, decoded - denoised, _unread(pipeline.tokenizer, request))
+
+
+def _unread(tokenizer: Any, request: GenerateRequest) -> dict[str, str]:
+    """Returns the end of each prompt that is longer than the text encoder reads."""
+    texts = {"prompt": request.prompt}
+    if request.negative_prompt and request.guidance_scale > 1:
+        texts["negative_prompt"] = request.negative_prompt
+    return {field: end for field, text in texts.items() if (end := _beyond(tokenizer, text))}
+
+
+def _beyond(tokenizer: Any, text: str) -> str:
+    most = tokenizer.model_max_length
+    tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    if len(tokens.input_ids) <= most:
+        return ""
+    start, _ = tokens.offset_mapping[most - 1]  # the last place that is read is the end token's
+    return text[start:]
 
 
 def _scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> Any:

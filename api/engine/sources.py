@@ -29,7 +29,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)\.")
 # A hub repository often holds each weight several times: pickles, half precision, and whole files at the root.
 CONFIG_FILES = ["*.json", "*/*.txt"]
-HUB_FILES = [*CONFIG_FILES, "*/*.safetensors"]
+WEIGHT_FILES = ["*/*.safetensors"]
 HUB_DUPLICATES = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
 USUAL_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -61,7 +61,7 @@ def find_base(source: ModelSource, settings: Settings) -> FoundBase:
         ModelUnavailable: it is not there or not safetensors, or the hub cannot be reached or says no.
     """
     if source.hub_id is not None:
-        path = _fetch(*source.hub_id, HUB_FILES, settings)
+        path = _fetch(*source.hub_id, settings)
         return FoundBase(source.base, path, size_step=_size_step(path))
     path = locate(source.base)
     if not path.exists():
@@ -94,25 +94,22 @@ def _find_config(source: ModelSource, settings: Settings) -> Path:
     if source.config is not None:
         return locate(source.config)
     try:
-        return _fetch(USUAL_CONFIG, None, CONFIG_FILES, settings)
+        return _fetch(USUAL_CONFIG, None, settings, with_weights=False)
     except ModelUnavailable as error:
         hint = 'Give the entry a "config": a diffusers folder of the same architecture, for its shapes and tokenizer.'
         raise ModelUnavailable(f"{source.base} needs a configuration: {error.detail}", hint) from error
 
 
-def _fetch(name: str, revision: str | None, files: list[str], settings: Settings) -> Path:
+def _fetch(name: str, revision: str | None, settings: Settings, *, with_weights: bool = True) -> Path:
+    """Returns the folder of a repository of the hub: a whole model, or its configuration alone."""
     pinned = revision is not None and COMMIT.fullmatch(revision)
-    if pinned and (found := _downloaded(name, revision, files)):
+    if pinned and (found := _downloaded(name, revision, with_weights=with_weights)):
         return found
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     try:
         # Asked first because it gives up in time; the download alone would try again for half a minute.
         HfApi(token=token).model_info(name, revision=revision, timeout=settings.hub_timeout_seconds)
-        return Path(
-            snapshot_download(
-                name, revision=revision, token=token, allow_patterns=files, ignore_patterns=HUB_DUPLICATES
-            )
-        )
+        return _snapshot(name, revision, with_weights, token=token)
     except GatedRepoError as error:
         hint = "Accept its terms on the hub and set HF_TOKEN."
         raise ModelUnavailable(f"{name} asks for permission", hint) from error
@@ -122,7 +119,7 @@ def _fetch(name: str, revision: str | None, files: list[str], settings: Settings
         hint = "Check the name in USER_MODELS; for a private model set HF_TOKEN."
         raise ModelUnavailable(f"there is no folder {name}, and the hub has no model {name}", hint) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
-        if found := _downloaded(name, revision, files):
+        if found := _downloaded(name, revision, with_weights=with_weights):
             return found
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise ModelUnavailable(f"the hub refuses to hand out {name}", "Check HF_TOKEN.") from error
@@ -137,22 +134,25 @@ def weight_files(component: Path) -> list[Path]:
 
 def is_downloaded(source: ModelSource) -> bool:
     """Whether the base is on this disk already."""
-    return source.hub_id is None or _downloaded(*source.hub_id, HUB_FILES) is not None
+    return source.hub_id is None or _downloaded(*source.hub_id) is not None
 
 
-def _downloaded(name: str, revision: str | None, files: list[str]) -> Path | None:
+def _downloaded(name: str, revision: str | None, *, with_weights: bool = True) -> Path | None:
     """Returns the snapshot on this disk, if it is whole: an interrupted download leaves a part of one."""
     try:
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, local_files_only=True, allow_patterns=files, ignore_patterns=HUB_DUPLICATES
-            )
-        )
-        if files is HUB_FILES:
+        folder = _snapshot(name, revision, with_weights, local_files_only=True)
+        if with_weights:
             check_folder(folder)
     except (LocalEntryNotFoundError, ModelUnavailable):
         return None
     return folder
+
+
+def _snapshot(name: str, revision: str | None, with_weights: bool, **access: Any) -> Path:
+    files = [*CONFIG_FILES, *WEIGHT_FILES] if with_weights else CONFIG_FILES
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=HUB_DUPLICATES, **access)
+    )
 
 
 def count_values(path: Path) -> int:
@@ -167,8 +167,10 @@ def count_values(path: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def check_folder(folder: Path) -> None:
-    """Checks a diffusers folder without loading it: its classes, and that each weight file is whole.
+def check_folder(folder: Path) -> dict[str, set[str]]:
+    """Checks a diffusers folder without loading it; returns component → the names of its tensors.
+
+    What is checked: the classes that it asks for, that each weight file is whole, and that a tokenizer is there.
 
     Raises:
         ModelUnavailable: the first thing that is wrong.
@@ -185,15 +187,16 @@ def check_folder(folder: Path) -> None:
         raise ModelUnavailable(f"{folder.name} is a {pipeline_class}", "StableDiffusionPipeline models are supported.")
     if foreign := libraries - TRUSTED_LIBRARIES:
         raise ModelUnavailable(f"{folder.name} wants code from {min(map(str, foreign))}, which is refused")
+    stored: dict[str, set[str]] = {}
     for name in TENSOR_COMPONENTS:
         if name not in components:
             continue
-        weights = weight_files(folder / name)
-        if not weights:
+        headers = [read_header(file) for file in weight_files(folder / name)]
+        if not headers:
             raise ModelUnavailable(f"{folder.name}/{name} has no safetensors file", SAFETENSORS_HINT)
-        for file in weights:
-            read_header(file)
+        stored[name] = set().union(*headers)
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "vocab.json").is_file():
         # transformers makes an empty one: every prompt would read alike.
         raise ModelUnavailable(f"{folder.name}/tokenizer has neither tokenizer.json nor vocab.json")
+    return stored

@@ -6,6 +6,7 @@ import json
 import struct
 import threading
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from api.errors import ModelUnavailable
+from api.errors import ModelUnavailable, SitterError
 
 MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 10_000
@@ -70,6 +71,26 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     told = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+@contextmanager
+def loading(name: str, path: Path, hint: str | None = None) -> Iterator[None]:
+    """Makes one error of whatever a library raises in the block over the files at `path`, which people call `name`.
+
+    Raises:
+        ModelUnavailable: with the first line of what the library said, the place of the files on this disk left out.
+            An error of ours, and one for want of memory, stays what it is.
+    """
+    try:
+        yield
+    except SitterError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        said = str(error).strip() or type(error).__name__
+        reason = said.splitlines()[0].replace(f"{path.parent}/", "")
+        raise ModelUnavailable(f"{name} does not load: {reason}", hint) from error
 
 
 def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:

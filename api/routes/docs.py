@@ -1,10 +1,10 @@
-"""GET /docs and /redoc from files of our own: they work with the network cable out."""
+"""GET /docs and /redoc from files of our own: they work with the network cable out. GET / leads there."""
 
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
 ASSETS = Path(__file__).resolve().parent.parent / "web" / "static" / "docs"
@@ -23,6 +23,12 @@ def add_docs(app: FastAPI) -> None:
     """Serves the pages and their assets from `app`."""
     app.include_router(router)
     app.mount(URL, StaticFiles(directory=ASSETS), name="docs-assets")
+
+
+@router.get("/")
+async def home() -> RedirectResponse:
+    """The way to what there is."""
+    return RedirectResponse("/docs")
 
 
 @router.get("/docs")

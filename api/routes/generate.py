@@ -77,6 +77,10 @@ async def generate_json(
                 "X-Generation-Time": {"description": "Seconds it took.", "schema": {"type": "number"}},
                 "X-Seed": {"description": "The seed that draws it again.", "schema": {"type": "integer"}},
                 "X-Job-Id": {"description": "Its job.", "schema": {"type": "string"}},
+                "X-Warning": {
+                    "description": "Only where a prompt was too long to be read whole; its job says which words.",
+                    "schema": {"type": "string"},
+                },
             },
         },
     },
@@ -103,6 +107,8 @@ async def generate_png(
         "X-Seed": str(done.seen.images[0].seed),
         "X-Job-Id": done.seen.job.id,
     }
+    if done.seen.job.warnings:
+        headers["X-Warning"] = f"a prompt was too long to be read whole: GET /jobs/{done.seen.job.id} says more"
     return Response(done.pngs[0], media_type="image/png", headers=headers)
 
 

@@ -18,7 +18,7 @@ NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # 
 NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}  # fsync, on some network disks
 
 ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
-PICTURE = re.compile(rf"{USER_ID}_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(_\d{{1,2}})?\.png")
+PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(_\d{{1,2}})?\.png")
 """What our pictures are called: user, date, time, the end of the job's id, and a number from the second on."""
 PART = re.compile(r"\.picture-.+\.part")
 
@@ -32,6 +32,18 @@ class PictureFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
+
+    def check(self) -> None:
+        """Makes the folder if it is not there, and a file without a name in it.
+
+        Raises:
+            StorageUnavailable: that did not work. The reason names the whole path: it is for who starts the server.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._folder).close()
+        except OSError as error:
+            raise StorageUnavailable(f"pictures cannot be kept in {self._folder}: {error.strerror}") from error
 
     def save(self, name: str, png: bytes) -> Path:
         """Writes a picture, replacing the one of that name, and returns its path.
@@ -103,11 +115,11 @@ class PictureFolder:
         if self.free_bytes() < ROOM_BYTES:
             raise StorageFull(f"the disk of {self._folder.name}/ is full")
 
-    def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Yields (name, end of its job's id) of our pictures that were written so long ago."""
+    def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str, str]]:
+        """Yields (name, user, end of its job's id) of our pictures that were written so long ago."""
         for entry in self._old(seconds):
             if match := PICTURE.fullmatch(entry.name):
-                yield entry.name, match["job"]
+                yield entry.name, match["user"], match["job"]
 
     def delete_parts_older_than(self, seconds: float) -> int:
         """Removes what writers that died have left; returns how many files that were."""

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sqlalchemy import select, update
 from sqlalchemy.orm import InstrumentedAttribute
 
-from api.config import Settings, SettingsError
-from api.errors import SitterError
+from api.config import Settings
+from api.errors import SettingsError, SitterError
 from api.store.database import Database
 from api.store.files import write_whole
 from api.store.tables import Image, Request

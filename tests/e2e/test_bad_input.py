@@ -111,7 +111,6 @@ PATHS = [
     ("PUT", "/generate", 405),
     ("POST", "/health", 405),
     ("PATCH", "/cache", 405),
-    ("GET", "/", 404),
     ("GET", "/nowhere", 404),
     ("GET", "/static/docs/../../../config.py", 404),
     ("GET", "/static/docs/%2e%2e/%2e%2e/%2e%2e/config.py", 404),

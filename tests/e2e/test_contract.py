@@ -90,6 +90,13 @@ def test_generate_answers_every_field(server: Server, output: Path) -> None:
     assert path.read_bytes() == png_of(answer)
 
 
+def test_words_that_were_not_read_are_told_and_not_logged(server: Server) -> None:
+    assert server.drawn()["warnings"] == []
+    [warning] = server.drawn(prompt="word " * 100 + CANARY)["warnings"]
+    assert CANARY in warning
+    assert CANARY not in server.log
+
+
 def test_the_defaults_are_those_of_the_contract(server: Server) -> None:
     answer = server.client.post("/generate", json={"prompt": CANARY}).json()
     assert open_png(png_of(answer)).size == (512, 512)
@@ -218,7 +225,8 @@ def test_openapi_describes_every_field_with_an_example(server: Server) -> None:
     for path, methods in CONTRACT.items():
         assert set(document["paths"][path]) == methods
     schemas = document["components"]["schemas"]
-    fields = [(f"{name}.{field}", about) for name in schemas for field, about in schemas[name].get("properties", {}).items()]
+    properties = {name: schema.get("properties", {}) for name, schema in schemas.items()}
+    fields = [(f"{name}.{field}", about) for name in properties for field, about in properties[name].items()]
     assert not [name for name, about in fields if not about.get("description")]
     request = schemas["JobRequest"]["properties"]
     assert request.keys() >= {*DEFAULTS, "prompt", "seed", "negative_prompt", "scheduler"}

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from api.serving import GRACEFUL_SECONDS
 from tests.e2e.pictures import open_png
 from tests.e2e.server import API, ONE_STEP, PATIENCE_SECONDS, ROOT, SITTER, SMALL, Server, environment
 
@@ -86,13 +88,45 @@ def test_ctrl_c_ends_sitter_serve(tmp_path: Path) -> None:
         assert serving.log.rstrip().endswith("Stopped.")
 
 
+def test_a_second_ctrl_c_ends_it_in_the_middle_of_a_drawing(models: Path, tmp_path: Path) -> None:
+    with Server(tmp_path, {"bo": str(models / "one")}) as serving, ThreadPoolExecutor(1) as pool:
+        drawing = long_drawing(pool, serving)
+        serving.signal(signal.SIGINT)
+        while "Ctrl-C again stops now" not in serving.log:
+            assert not drawing.done()
+        assert "Stopped." not in serving.log
+        began = time.monotonic()
+        assert serving.stop(signal.SIGINT) == 128 + signal.SIGINT
+        assert time.monotonic() - began < GRACEFUL_SECONDS
+        assert isinstance(drawing.exception(PATIENCE_SECONDS), httpx2.TransportError)
+
+
+def test_it_listens_on_all_addresses(models: Path, tmp_path: Path) -> None:
+    with Server(tmp_path, {"default": str(models / "one")}, HOST="0.0.0.0") as server:
+        assert f"Sitter is at http://127.0.0.1:{server.port} " in server.log
+        assert "listens on all addresses" in server.log
+        assert "http://0.0.0.0" not in server.log
+        shown = run(*SITTER, "models", HOST="0.0.0.0", PORT=str(server.port))
+        assert shown.returncode == 0, shown.stderr
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "-", "ä..b"])
+def test_an_address_of_another_machine(host: str) -> None:
+    ended = run(*SITTER, "serve", HOST=host, PORT="0")
+    assert ended.returncode == 2
+    assert f"{host} is not an address of this machine" in ended.stderr
+    assert "HOST=127.0.0.1" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "not free" not in ended.stderr
+
+
 def test_a_taken_port(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         ended = run(*SITTER, "serve", "--port", port)
-    assert ended.returncode not in {0, 1}
+    assert ended.returncode == 2
     assert port in ended.stderr
     assert "choose another address with HOST or PORT" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -107,7 +141,7 @@ def test_a_taken_port(tmp_path: Path) -> None:
         ("HOST_CACHE_GB", "-1", "HOST_CACHE_GB"),
         ("DTYPE", "int8", "DTYPE"),
         ("USER_MODELS", '{"../x": "models/demo"}', "USER_MODELS"),
-        ("USER_MODELS", "{broken", "user_models"),
+        ("USER_MODELS", "{broken", "USER_MODELS"),
         ("SITTER_PORT", "8000", "SITTER_PORT"),
         ("SITTER_CONFIG", "nowhere.yaml", "nowhere.yaml"),
     ],
@@ -120,11 +154,22 @@ def test_a_setting_that_does_not_fit_stops_the_start(command: Sequence[str], nam
     assert len(ended.stderr.splitlines()) <= 4
 
 
+@pytest.mark.parametrize("command", [(*SITTER, "serve"), MAIN, (*UVICORN[:-1], "0")])
+def test_an_output_folder_that_cannot_be_written_stops_the_start(command: Sequence[str], tmp_path: Path) -> None:
+    (tmp_path / "output").touch()
+    ended = run(*command, cwd=API if "main" in str(command) else ROOT, PORT="0", OUTPUT_DIR=str(tmp_path / "output"))
+    assert ended.returncode == 1
+    said = ended.stderr.splitlines()
+    assert said[0].startswith(f"pictures cannot be kept in {tmp_path / 'output'}: ")
+    assert said[1:] == ["Set OUTPUT_DIR to a folder that the server may write to."]
+    assert "Sitter is at" not in ended.stdout
+
+
 def test_an_unknown_setting_in_a_file_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "sitter.yaml").write_text("prot: 8000\n")
     ended = run(*SITTER, "serve", SITTER_CONFIG=str(tmp_path / "sitter.yaml"))
     assert ended.returncode == 2
-    assert "PROT" in ended.stderr
+    assert ended.stderr.startswith("unknown setting prot in sitter.yaml; did you mean PORT?\n")
 
 
 @pytest.mark.parametrize("module", ["api.main", "api.cli"])
@@ -157,11 +202,26 @@ def test_sitter_doctor(models: Path) -> None:
         assert re.search(rf"loads +{user}:", ended.stdout)
 
 
+def test_sitter_doctor_tries_the_output_folder(models: Path, tmp_path: Path) -> None:
+    users = json.dumps(dict.fromkeys(("default", "ada", "bo", "chi"), str(models / "one")))
+    well, ill = (
+        run(*SITTER, "doctor", USER_MODELS=users, OUTPUT_DIR=str(folder))
+        for folder in (tmp_path / "output", models / "one" / "model_index.json")
+    )
+    assert well.returncode == 0, well.stdout
+    assert f"pictures are kept in {tmp_path / 'output'}\n" in well.stdout
+    assert ill.returncode == 1
+    assert "pictures cannot be kept in" in ill.stdout
+    assert "Set OUTPUT_DIR" in ill.stdout
+
+
 def test_sitter_generate(tmp_path: Path) -> None:
     fields = {"--steps": "1", "--width": "320", "--height": "256", "--seed": "3", "--user": "ada"}
     options = [part for option in fields.items() for part in option]
-    ended = run(*SITTER, "generate", SMALL["prompt"], *options, "-o", str(tmp_path / "x.png"))
+    prompt = "sks person " * 60 + "as a knight"
+    ended = run(*SITTER, "generate", prompt, *options, "-o", str(tmp_path / "x.png"))
     assert ended.returncode == 0, ended.stderr
+    assert re.search(r'The prompt is too long .* did not read "….* as a knight"', ended.stderr.replace("\n", " "))
     assert open_png((tmp_path / "x.png").read_bytes()).size == (320, 256)
     assert "models/sitters/ada, seed 3" in ended.stderr
 

@@ -48,7 +48,7 @@ def outputs(pipeline: StableDiffusionPipeline) -> Outputs:
 
 
 def ours(base: StableDiffusionPipeline, path: Path, strength: float = 1.0) -> Outputs:
-    with applied(load_adapter(path, base, strength), base):
+    with applied(load_adapter(find_adapter_file(path), base, strength), base):
         return outputs(base)
 
 

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ def engine() -> Engine:
 def test_it_says_where_it_draws(engine: Engine) -> None:
     assert (engine.device, engine.dtype) == ("cpu", "float32")
     assert engine.threads == torch.get_num_threads()
+
+
+def test_warnings_of_diffusers_stay_out_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "level", logging.INFO)
+    Engine(builders.settings())
+    assert not logging.getLogger("diffusers.pipelines").isEnabledFor(logging.WARNING)
 
 
 def test_budgets_are_as_set_or_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +72,7 @@ def load_adapter(engine: Engine, base: Path) -> None:
 
 
 def draw(engine: Engine, base: Path) -> None:
-    engine.draw(builders.pipeline(), None, builders.request(), 7, lambda done, of: None)
+    engine.draw(builders.pipeline(), None, builders.request(), 7, lambda step: None)
 
 
 ON_HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried…")

@@ -193,6 +193,47 @@ def test_the_adapter_draws_and_leaves(base: StableDiffusionPipeline, tmp_path: P
     assert difference(ours(base), plain) == 0
 
 
+LONG = "word " * 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "unread"),
+    [
+        ({"prompt": "a knight", "negative_prompt": "a hat"}, []),
+        ({"prompt": LONG}, ["prompt"]),
+        ({"negative_prompt": LONG}, ["negative_prompt"]),
+        ({"prompt": LONG, "negative_prompt": LONG}, ["prompt", "negative_prompt"]),
+        ({"negative_prompt": LONG, "guidance_scale": 1.0}, []),  # which no model reads then
+    ],
+    ids=str,
+)
+def test_a_prompt_longer_than_the_model_reads_is_told(
+    base: StableDiffusionPipeline, fields: dict[str, Any], unread: list[str]
+) -> None:
+    drawing = draw(base, None, builders.request(**fields), 7, lambda step: None)
+    assert list(drawing.unread) == unread
+
+
+def test_what_was_not_read_changes_nothing_and_what_was_read_does(base: StableDiffusionPipeline) -> None:
+    prompt = "Ünïcödé 画, " + "a knight in a castle, " * 30  # words of one token each
+    drawing = draw(base, None, builders.request(prompt=prompt), 7, lambda step: None)
+    end = drawing.unread["prompt"]
+    assert 0 < len(end) < len(prompt)
+    assert prompt.strip().endswith(end)
+    read = prompt.strip().removesuffix(end)
+    assert difference(ours(base, prompt=read), drawing.images) == 0
+    assert difference(ours(base, prompt=read + "something else"), drawing.images) == 0
+    assert difference(ours(base, prompt=read.rsplit(maxsplit=1)[0]), drawing.images) > 0
+
+
+def test_a_prompt_of_just_the_length_is_read_whole(base: StableDiffusionPipeline) -> None:
+    words = base.tokenizer.model_max_length - 2  # beside a token that begins and one that ends
+    assert len(base.tokenizer("a " * words).input_ids) == words + 2
+    for more, unread in ((0, {}), (1, {"prompt": "a"}), (2, {"prompt": "a a"})):
+        request = builders.request(prompt="a " * (words + more))
+        assert draw(base, None, request, 7, lambda step: None).unread == unread
+
+
 def test_times_are_told(base: StableDiffusionPipeline) -> None:
     drawing = draw(base, None, builders.request(), 7, lambda step: None)
     assert isinstance(drawing, Drawing)

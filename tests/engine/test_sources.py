@@ -73,15 +73,6 @@ HUB_SETTINGS = builders.settings(hub_timeout_seconds=5, hf_token="secret")
 PINNED, MOVING = f"somebody/model@{COMMIT}", "somebody/model"
 
 
-@pytest.fixture
-def stocked(hub: Hub, base_folder: Path) -> Hub:
-    """A hub with the tiny base, and beside it what nobody needs."""
-    files = [file for file in base_folder.rglob("*") if file.is_file()]
-    hub.files = {str(file.relative_to(base_folder)): file.read_bytes() for file in files}
-    hub.files |= dict.fromkeys(("README.md", "unet/model.bin", "unet/model.fp16.safetensors", "a.ckpt"), b"not wanted")
-    return hub
-
-
 @pytest.mark.parametrize("base", [PINNED, MOVING])
 def test_a_model_of_the_hub_is_downloaded(stocked: Hub, base: str) -> None:
     source = builders.source(base)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from api.engine.weights import MAX_TENSORS, TensorPool, read_header, storages_of, tensors_of
-from api.errors import ModelUnavailable
+from api.engine.weights import MAX_TENSORS, TensorPool, loading, read_header, storages_of, tensors_of
+from api.errors import ModelUnavailable, OutOfMemory
 from tests import builders
 
 
@@ -167,6 +167,27 @@ def test_a_flipped_byte_is_read_or_refused(file: Path, place: int, value: int) -
         read_header(file)
     except ModelUnavailable:
         return
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("no config.json in /srv/models/ada/unet.\nSee the manual."), "no config.json in ada/unet."),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_what_a_library_raises_is_one_error_of_ours(error: Exception, reason: str) -> None:
+    with pytest.raises(ModelUnavailable) as caught, loading("models/ada", Path("/srv/models/ada"), "Copy it again."):
+        raise error
+    assert (caught.value.detail, caught.value.hint) == (f"models/ada does not load: {reason}", "Copy it again.")
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [ModelUnavailable("cut short"), OutOfMemory("no room"), MemoryError()])
+def test_our_own_errors_and_want_of_memory_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, loading("models/ada", Path("/srv/models/ada")):
+        raise error
+    assert caught.value is error
 
 
 class Small(nn.Module):

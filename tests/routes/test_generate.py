@@ -25,6 +25,20 @@ def test_a_model_of_any_name_is_told_in_a_header(client: TestClient, tmp_path: P
     assert unquote(answer.headers["X-Model-Used"]) == str(tmp_path / "модели" / "ада")
 
 
+def test_a_prompt_that_was_cut_is_told_in_a_header_without_its_words(client: TestClient) -> None:
+    assert "X-Warning" not in client.post("/generate/image", json=SMALL).headers
+    long = "画 zebra finch " * 60
+    answer = client.post("/generate/image", json={**SMALL, "prompt": long, "negative_prompt": long})
+    assert answer.headers["X-Warning"] == "too long to be read whole: prompt, negative_prompt"
+
+
+def test_the_root_leads_to_the_docs(client: TestClient) -> None:
+    answer = client.get("/", follow_redirects=False)
+    assert (answer.status_code, answer.headers["Location"]) == (307, "/docs")
+    assert client.get("/").text == client.get("/docs").text
+    assert "/" not in client.get("/openapi.json").json()["paths"]
+
+
 def test_a_path_with_a_slash_too_many_is_not_found(client: TestClient) -> None:
     answer = client.post("/generate/", json=SMALL, follow_redirects=False)
     assert (answer.status_code, answer.json()["error"]) == (404, "not_found")

@@ -4,8 +4,8 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
-from api.config import SettingsError
 from api.domain.accounts import check_host, is_loopback
+from api.errors import SettingsError
 from api.routes.guard import add_guard
 from tests import builders
 

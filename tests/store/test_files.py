@@ -2,7 +2,7 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +118,11 @@ def test_free_room_is_that_of_the_disk(tmp_path: Path) -> None:
 
 def test_old_pictures_are_told_from_what_is_not_ours(tmp_path: Path) -> None:
     folder = PictureFolder(tmp_path)
-    ours = {NAME: "93f21d07", "a_b@c.d_20250107_143022_b1946ac93f21d07e_4.png": "b1946ac93f21d07e"}
+    ours = {
+        NAME: ("user_123", "93f21d07"),
+        "a_b@c.d_20250107_143022_b1946ac93f21d07e_4.png": ("a_b@c.d", "b1946ac93f21d07e"),
+        f"a_20250107_143022_deadbeef_{NAME}": ("a_20250107_143022_deadbeef_user_123", "93f21d07"),
+    }
     others = [
         "a_20250107_143022.png", "a_20250107_143022_2.png", "me.png", ".hidden.png",
         "u_20250107_143022_20250107_143022.png", f"{NAME}.txt", ".picture-x.part",
@@ -129,7 +133,7 @@ def test_old_pictures_are_told_from_what_is_not_ours(tmp_path: Path) -> None:
         if name != young:
             os.utime(tmp_path / name, (time.time() - 100,) * 2)
     (tmp_path / "a_20250107_143022_00000002.png").mkdir()
-    assert dict(folder.pictures_older_than(60)) == ours
+    assert {name: (user, job) for name, user, job in folder.pictures_older_than(60)} == ours
     assert folder.delete_parts_older_than(1000) == 0
     assert folder.delete_parts_older_than(60) == 1
     assert not (tmp_path / ".picture-x.part").exists()
@@ -186,19 +190,33 @@ def a_file(folder: Path) -> None:
     folder.touch()
 
 
-@pytest.mark.parametrize("spoil", [read_only, a_file])
-def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+@pytest.fixture(params=[read_only, a_file])
+def spoiled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "output"
     folder.mkdir()
     user = os.geteuid()
     try:
-        spoil(folder)
-        with pytest.raises(StorageUnavailable, match="output/ cannot be written to"):
-            PictureFolder(folder).save(NAME, b"png")
+        request.param(folder)
+        yield folder
     finally:
         os.seteuid(user)
         folder.chmod(0o755)
     assert folder.is_file() or not any(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(spoiled: Path) -> None:
+    with pytest.raises(StorageUnavailable, match="output/ cannot be written to"):
+        PictureFolder(spoiled).save(NAME, b"png")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_picture(spoiled: Path) -> None:
+    with pytest.raises(StorageUnavailable, match=f"cannot be kept in {spoiled}: "):
+        PictureFolder(spoiled).check()
+
+
+def test_a_good_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    PictureFolder(tmp_path / "new" / "folder").check()
+    assert names(tmp_path / "new/folder") == set()
 
 
 @pytest.mark.parametrize("hard_links", [True, False])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from api.config import Settings, SettingsError
+from api.config import Settings
+from api.errors import SettingsError
 from api.store.database import Database, migrate
 from api.store.tables import Image, Request
 from api.store.vault import KEY_FILE, SealedForever, Vault, load_vault, new_key, read_keys, rotate, write_keys
