@@ -1,5 +1,6 @@
 """The pictures that were drawn: found by words, model, date and tag, looked at, read and deleted."""
 
+import asyncio
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from api.wire.images import Image, ImageMetadata, ImageParameters
 log = structlog.get_logger()
 
 ORPHAN_SECONDS = 3600.0  # how old a file that no row knows must be before it is taken for left over
+SWEEP_SECONDS = 3600.0
 ROWS_AT_ONCE = 500
 
 
@@ -160,6 +162,16 @@ async def delete_files(pictures: PictureFolder, names: Iterable[str]) -> None:
             await anyio.to_thread.run_sync(pictures.delete, name)
         except SitterError as error:
             log.warning("file_left_over", name=name, reason=error.detail)
+
+
+async def keep_swept(pictures: PictureFolder, database: Database) -> None:
+    """Sweeps now and every hour, until it is cancelled."""
+    while True:
+        try:
+            await sweep(pictures, database)
+        except (SitterError, OSError) as error:
+            log.warning("not_swept", reason=str(error))
+        await asyncio.sleep(SWEEP_SECONDS)
 
 
 async def sweep(pictures: PictureFolder, database: Database, seconds: float = ORPHAN_SECONDS) -> int:

@@ -26,6 +26,7 @@ from standardwebhooks import Webhook
 from api import __version__
 from api.config import Settings
 from api.domain import outside, quota
+from api.domain.metrics import Metrics
 from api.domain.outside import Answer, Resolve
 from api.domain.wake import Wake
 from api.errors import DatabaseUnavailable, InvalidRequest, NotFound
@@ -89,19 +90,27 @@ class Deliverer:
     """Sends what is due.
 
     Args:
+        settings: whether private addresses are allowed.
         database: where the deliveries are.
         vault: has the secrets.
         wake: wakes it when a job with a webhook ended.
-        settings: whether private addresses are allowed.
+        metrics: counts the tries.
         resolve: name and port → addresses.
     """
 
     def __init__(
-        self, database: Database, vault: Vault, wake: Wake, settings: Settings, resolve: Resolve = outside.resolve
+        self,
+        settings: Settings,
+        database: Database,
+        vault: Vault,
+        wake: Wake,
+        metrics: Metrics,
+        resolve: Resolve = outside.resolve,
     ) -> None:
         self._database = database
         self._vault = vault
         self._wake = wake
+        self._metrics = metrics
         self._allow_private = settings.webhook_allow_private
         self._resolve = resolve
         self._ssl = httpx2.create_ssl_context()
@@ -171,8 +180,9 @@ class Deliverer:
 
     async def _handle(self, parcel: Parcel) -> None:
         try:
-            retry_after = await self._send(parcel)
-            await self._note(parcel, retry_after)
+            sent, wait = await self._send(parcel)
+            self._metrics.webhook(sent)
+            await self._note(parcel, wait)
         except Exception as error:  # one delivery must not end all others; the claim lapses, and it is sent again
             log.error("webhook_not_handled", job=parcel.request_id, exc_info=error)
         finally:
@@ -180,8 +190,8 @@ class Deliverer:
             self._under_way += Counter()  # forgets users without any
             self._wake.wake(TOPIC)
 
-    async def _send(self, parcel: Parcel) -> timedelta | None:
-        """Tries once. Returns None when it is done with, else how long the receiver wants us to wait."""
+    async def _send(self, parcel: Parcel) -> tuple[bool, timedelta | None]:
+        """Tries once. Returns whether it arrived, and how long the receiver wants us to wait; None is for ever."""
         told = log.bind(delivery=parcel.id, job=parcel.request_id, attempt=parcel.attempt)
         try:
             answer = await outside.post(
@@ -194,27 +204,26 @@ class Deliverer:
             )
         except InvalidRequest as error:
             told.warning("webhook_refused", reason=error.detail)
-            return None
+            return False, None
         except (OSError, httpx2.HTTPError, ValueError) as error:  # ValueError: no name or certificate is like that
             told.info("webhook_failed", reason=type(error).__name__)
-            return timedelta(0)
-        if 200 <= answer.status < 300:
-            told.info("webhook_delivered", status=answer.status)
-            return None
-        told.info("webhook_failed", status=answer.status)
-        return None if answer.status == 410 else _retry_after(answer)  # 410: they want no more of them
+            return False, timedelta(0)
+        sent = 200 <= answer.status < 300
+        told.info("webhook_delivered" if sent else "webhook_failed", status=answer.status)
+        # 410: they want no more of them.
+        return sent, None if sent or answer.status == 410 else _retry_after(answer)
 
-    async def _note(self, parcel: Parcel, retry_after: timedelta | None) -> None:
+    async def _note(self, parcel: Parcel, wait: timedelta | None) -> None:
         """Deletes a delivery that is done with, or after its last try; else says when the next one is due."""
         ours = [Delivery.id == parcel.id, Delivery.attempts == parcel.attempt]
         async with self._database.transaction() as session:
-            if retry_after is None:
+            if wait is None:
                 await session.execute(delete(Delivery).where(Delivery.id == parcel.id))
             elif parcel.attempt > len(AGAIN):
                 log.warning("webhook_given_up", delivery=parcel.id, job=parcel.request_id)
                 await session.execute(delete(Delivery).where(*ours))
             else:
-                pause = max(AGAIN[parcel.attempt - 1], retry_after) * random.uniform(1, 1 + JITTER)
+                pause = max(AGAIN[parcel.attempt - 1], wait) * random.uniform(1, 1 + JITTER)
                 await session.execute(update(Delivery).where(*ours).values(next_at=now() + pause))
 
 

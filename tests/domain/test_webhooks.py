@@ -12,6 +12,7 @@ from sqlalchemy import delete, func, select, update
 from standardwebhooks import Webhook
 
 from api.domain import webhooks
+from api.domain.metrics import Metrics
 from api.domain.wake import Wake
 from api.domain.webhooks import AGAIN, TOPIC, Deliverer, webhook_secret
 from api.errors import NotFound
@@ -34,11 +35,13 @@ class Post:
     def __init__(self, database: Database, **fields: Any) -> None:
         self.database = database
         self.wake = Wake()
+        self.metrics = Metrics()
         self.settings = builders.settings(**{"webhook_allow_private": True, **fields})
 
     @asynccontextmanager
     async def running(self, database: Database | None = None, vault: Vault = VAULT) -> AsyncIterator[None]:
-        task = asyncio.create_task(Deliverer(database or self.database, vault, self.wake, self.settings).run())
+        deliverer = Deliverer(self.settings, database or self.database, vault, self.wake, self.metrics)
+        task = asyncio.create_task(deliverer.run())
         try:
             yield
         finally:
@@ -177,7 +180,7 @@ ANSWERS: list[tuple[Reply, float | None]] = [
 ]
 
 
-async def test_answers_are_understood(post: Post) -> None:
+async def test_answers_are_understood_and_counted(post: Post) -> None:
     for reply, pause in ANSWERS:
         with peer(reply) as receiver:
             await post.add(receiver.url())
@@ -190,6 +193,9 @@ async def test_answers_are_understood(post: Post) -> None:
                 _after(receiver.hits[0], row, timedelta(seconds=pause))
         async with post.database.transaction() as session:
             await session.execute(delete(Delivery))
+    counted = post.metrics.page("text/plain", True, None)[0].decode()
+    assert 'sitter_webhooks_total{result="sent"} 2.0' in counted
+    assert 'sitter_webhooks_total{result="failed"} 8.0' in counted
 
 
 async def test_private_addresses_are_given_up_without_a_try(database: Database) -> None:
