@@ -1,4 +1,4 @@
-"""`sitter`: serve, generate, models, doctor."""
+"""`sitter`: serve, generate, worker, models, doctor, and rooms of its own for users, keys, audit and db."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from api import __version__, serving
+from api import __version__, cli_users, serving
 from api.cli_people import console, errors_for_people, to_people
 from api.config import DEFAULT_USER, Settings, load_settings
 from api.domain.accounts import check_host
@@ -33,6 +33,9 @@ app = typer.Typer(
 )
 database = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(database, name="db")
+app.add_typer(cli_users.users, name="users")
+app.add_typer(cli_users.keys, name="keys")
+app.add_typer(cli_users.audit, name="audit")
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
 

@@ -84,7 +84,7 @@ def test_a_password_is_asked_for_twice_and_shown_never(url: str) -> None:
         (("users", "add", "ada", "--keys-only"), "there is a user ada already"),
         (("users", "disable", "nobody"), "there is no user nobody"),
         (("users", "limits", "nobody"), "there is no user nobody"),
-        (("users", "limits", "ada", "--queued", "-2"), "range"),
+        (("users", "limits", "ada", "--queued", "-2"), "queued"),
         (("keys", "add", "nobody"), "there is no user nobody"),
         (("keys", "add", "ada", "--scope", "all"), "scopes"),
         (("keys", "add", "ada", "--days", "0"), "days"),

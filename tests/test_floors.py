@@ -187,7 +187,7 @@ PLANTED = [
     ("routes/generate.py", "from ..providers import base", "routes may not import providers"),
     ("routes/generate.py", "importlib.import_module('api.main')", "may not import main"),
     ("routes/generate.py", "from api import cli", "routes may not import cli"),
-    ("cli.py", "from api.main import create_app", "cli serving may not import main"),
+    ("cli.py", "from api.main import create_app", "may not import main"),
     ("main.py", "from wiring import open_service", "a second copy"),
     ("main.py", "def f():\n    import torch.cuda", "`torch` is imported only in engine"),
     ("wiring.py", "from safetensors import safe_open", "`safetensors` is imported only in engine"),

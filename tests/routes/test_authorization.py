@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from sqlalchemy import update
 
+from api.domain.tokens import hash_key
 from api.domain.users import change_user
 from api.main import create_app
 from api.store.database import Database
@@ -85,7 +86,7 @@ DOORS = {
     "GET /me": mine(200, "read"),
     "PATCH /me/password": mine(204, "manage", {"current_password": PASSWORD, "new_password": PASSWORD}),
     "GET /me/keys": mine(200, "manage"),
-    "POST /me/keys": mine(201, "manage", {"name": "one more"}),
+    "POST /me/keys": mine(201, "manage", {"name": "one more", "scopes": ["manage"]}),
     "DELETE /me/keys/{key_id}": replace(adas(204, "manage"), admin=404),
     "GET /admin/users": administrators(200),
     "POST /admin/users": administrators(409, {"id": "ada"}),
@@ -102,7 +103,7 @@ DOORS = {
     "GET /health/live": public(200),
     "GET /health/ready": public(200),
 }
-HIDDEN = {"/openapi.json", "/docs", "/redoc", "/setup", "/static/docs"}  # pages for everybody, in no document
+HIDDEN = {"/", "/openapi.json", "/docs", "/redoc", "/setup", "/static/docs"}  # pages for everybody, in no document
 
 
 def missing(app: FastAPI) -> set[str]:
@@ -125,32 +126,33 @@ class House:
         self._output = output
 
     async def inhabit(self) -> None:
-        for user_id in ("ada", "bo", "eve", "root"):
+        self.keys: dict[str, str | None] = {"nobody": None, "a forged key": "sk_" + "A" * 43}
+        for who, user_id in (("another user", "bo"), ("a disabled user", "eve"), ("an administrator", "root")):
             kind = "admin" if user_id == "root" else "user"
             await people.add_user(self.database, user_id, PASSWORD, type=kind)
-        every = get_args(Scope)
-        self.keys: dict[str, str | None] = {
-            "nobody": None,
-            "a forged key": "sk_" + "A" * 43,
-            "another user": await people.add_key(self.database, "bo"),
-            "Ada": await people.add_key(self.database, "ada"),
-            "an administrator": await people.add_key(self.database, "root"),
-            "a disabled user": await people.add_key(self.database, "eve"),
-            "a revoked key": await people.add_key(self.database, "ada"),
-            "an expired key": await people.add_key(self.database, "ada", days=1),
-        }
-        for scope in every:
-            rest = set(every) - {scope}
-            for who, user_id in (("Ada", "ada"), ("an administrator", "root")):
-                self.keys[f"{who}'s key without {scope}"] = await people.add_key(self.database, user_id, rest)
+            self.keys[who] = await people.add_key(self.database, user_id)
+        await self._hand_out_keys("an administrator", "root")
+        await self.ada_moves_in()
         async with self.database.transaction() as session:
             await change_user(session, "root", "eve", UserChange(disabled=True), None)
-            for name, values in (
-                ("a revoked key", {"revoked_at": now()}),
-                ("an expired key", {"expires_at": now() - timedelta(seconds=1)}),
-            ):
-                prefix = (self.keys[name] or "")[:10]
-                await session.execute(update(ApiKey).where(ApiKey.prefix == prefix).values(values))
+        for who, values in (
+            ("a revoked key", {"revoked_at": now()}),
+            ("an expired key", {"expires_at": now() - timedelta(seconds=1)}),
+        ):
+            self.keys[who] = key = await people.add_key(self.database, "bo")
+            async with self.database.transaction() as session:
+                await session.execute(update(ApiKey).where(ApiKey.hash == hash_key(key)).values(values))
+
+    async def ada_moves_in(self) -> None:
+        await people.add_user(self.database, "ada", PASSWORD)
+        self.keys["Ada"] = await people.add_key(self.database, "ada")
+        await self._hand_out_keys("Ada", "ada")
+
+    async def _hand_out_keys(self, who: str, user_id: str) -> None:
+        every = get_args(Scope)
+        for scope in every:
+            rest = set(every) - {scope}
+            self.keys[f"{who}'s key without {scope}"] = await people.add_key(self.database, user_id, rest)
 
     async def adas_things(self) -> dict[str, str]:
         """A job that has ended, a picture and a key."""
