@@ -77,7 +77,7 @@ async def open_service(
         database = Database(settings.database, metrics.database_failed)
         vault, wake = load_vault(settings), Wake()
         pictures = PictureFolder(settings.output_dir)
-        worker = Worker(settings, database, Studio(models, pictures, vault), wake)
+        worker = Worker(settings, database, Studio(models, pictures, vault), wake, metrics)
         desk = Desk(settings, database, vault, wake)
         accounts = Accounts(settings, database, vault)
         readiness = Readiness(database, models, pictures, worker, draws=settings.workers > 0)

@@ -10,7 +10,8 @@ import anyio.to_thread
 from api.domain.jobs import Finished
 from api.domain.png_text import describe, with_text
 from api.domain.submit import request_of
-from api.model_service import ModelService
+from api.model_service import Generation, ModelService
+from api.schemas import GenerateRequest
 from api.store.files import PictureFolder
 from api.store.tables import Image, Request, now
 from api.store.vault import Vault
@@ -30,26 +31,49 @@ class Studio:
     vault: Vault
 
 
-async def generate(studio: Studio, job: Request, on_step: "OnStep") -> Finished:
-    """Draws the pictures of `job` and saves them; nothing is known of them before `jobs.publish`.
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures that nobody else knows of yet."""
+
+    request: GenerateRequest
+    generation: Generation
+    waited_seconds: float
+    seconds: float
+
+
+async def draw(studio: Studio, job: Request, on_step: "OnStep") -> Drawn:
+    """Draws the pictures of `job`.
 
     Raises:
-        SitterError: nothing was drawn, or nothing could be saved; or whatever `on_step` raised.
+        SitterError: nothing was drawn; or whatever `on_step` raised.
     """
-    return await anyio.to_thread.run_sync(_generate, studio, job, on_step, abandon_on_cancel=False)
+    return await anyio.to_thread.run_sync(_draw, studio, job, on_step, abandon_on_cancel=False)
 
 
-def _generate(studio: Studio, job: Request, on_step: "OnStep") -> Finished:
+async def save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
+    """Saves the pictures of `job`, each as a whole; nothing is known of them before `jobs.publish`.
+
+    Raises:
+        StorageFull, StorageUnavailable: they could not all be saved.
+    """
+    return await anyio.to_thread.run_sync(_save, studio, job, drawn, abandon_on_cancel=False)
+
+
+def _draw(studio: Studio, job: Request, on_step: "OnStep") -> Drawn:
     began = time.perf_counter()
     waited = max(0.0, (now() - job.created_at).total_seconds())
     request = request_of(job, studio.vault)
     generation = studio.models.generate(request, on_step)
-    seconds = time.perf_counter() - began
+    return Drawn(request, generation, waited, time.perf_counter() - began)
+
+
+def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
+    request, generation = drawn.request, drawn.generation
     images = []
-    for position, (drawn, seed) in enumerate(zip(generation.pngs, generation.seeds, strict=True)):
-        png = drawn
+    for position, (plain, seed) in enumerate(zip(generation.pngs, generation.seeds, strict=True)):
+        png = plain
         if not job.sensitive:
-            png = with_text(png, describe(request, generation.model_id, seed, job.id))
+            png = with_text(plain, describe(request, generation.model_id, seed, job.id))
         path = studio.pictures.save(picture_name(job, position), png)
         images.append(
             Image(
@@ -67,13 +91,13 @@ def _generate(studio: Studio, job: Request, on_step: "OnStep") -> Finished:
                 bytes=len(png),
                 sha256=hashlib.sha256(png).hexdigest(),
                 category=job.category,
-                processing_time=seconds / len(generation.pngs),
+                processing_time=drawn.seconds / len(generation.pngs),
             )
         )
     timings = generation.timings.model_dump()
-    timings["queue"] += waited
+    timings["queue"] += drawn.waited_seconds
     warnings = [SENSITIVE_WARNING] if job.sensitive and generation.unread else generation.warnings
-    return Finished(images, generation.model_id, generation.cache_hit, timings, warnings, seconds)
+    return Finished(images, generation.model_id, generation.cache_hit, timings, warnings, drawn.seconds)
 
 
 def picture_name(job: Request, position: int) -> str:

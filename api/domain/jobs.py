@@ -128,6 +128,13 @@ async def beat(database: Database, claims: dict[str, tuple[str, Progress]]) -> t
     return lost, cancelled
 
 
+async def holds(database: Database, claim: Claim) -> bool:
+    """Tells whether the job is still this claim's."""
+    async with database.reading() as session:
+        mine = select(Request.id).where(Request.id == claim.job.id, RUNNING, Request.token == claim.token)
+        return await session.scalar(mine) is not None
+
+
 async def publish(database: Database, claim: Claim, finished: Finished) -> bool:
     """Makes a job's pictures known, charges for them and ends it, in one transaction.
 

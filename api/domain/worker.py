@@ -14,8 +14,9 @@ import structlog
 
 from api.config import Settings
 from api.domain import jobs
-from api.domain.generate import Studio, generate
-from api.domain.jobs import Claim, Progress, Watchman
+from api.domain.generate import Studio, draw, save
+from api.domain.jobs import Claim, Finished, Progress, Watchman
+from api.domain.metrics import Metrics
 from api.domain.wake import Wake
 from api.errors import Cancelled, DatabaseUnavailable, ShuttingDown, SitterError, StorageFull
 from api.store.database import Database
@@ -42,14 +43,15 @@ class _InHand:
     """A job being drawn. The drawing thread writes `progress` and obeys `stop`; the event loop does the reverse."""
 
     claim: Claim
+    count_steps: Callable[[int], None]
     progress: Progress = field(default_factory=lambda: Progress("loading"))
     stop: Exception | None = None
     next_preview: float = field(default_factory=lambda: time.monotonic() + PREVIEW_SECONDS)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def on_step(self, step: "Step") -> None:
-        if self.stop is not None:
-            raise self.stop
+        self.count_steps(self.claim.job.images)
+        self.raise_if_stopped()
         preview = None
         if time.monotonic() >= self.next_preview and step.done < step.of:
             preview = step.preview()
@@ -58,6 +60,10 @@ class _InHand:
             self.progress = replace(self.progress, phase="drawing", step=step.done, step_count=step.of)
             if preview is not None:
                 self.progress = replace(self.progress, preview=preview, preview_step=step.done)
+
+    def raise_if_stopped(self) -> None:
+        if self.stop is not None:
+            raise self.stop
 
     def report(self) -> Progress:
         """Returns the progress to be written; a preview is handed out once."""
@@ -74,16 +80,19 @@ class Worker:
         database: where the queue is.
         studio: what drawing needs.
         wake: to be woken, and to wake those who watch.
+        metrics: counts what it does.
     """
 
-    def __init__(self, settings: Settings, database: Database, studio: Studio, wake: Wake) -> None:
+    def __init__(self, settings: Settings, database: Database, studio: Studio, wake: Wake, metrics: Metrics) -> None:
         self._settings = settings
         self._database = database
         self._studio = studio
         self._wake = wake
+        self._metrics = metrics
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._in_hand: dict[str, _InHand] = {}
         self._running: set[asyncio.Task[None]] = set()
+        self._claiming = asyncio.Lock()
         self._draining = False
         self._paused_until = 0.0
 
@@ -112,6 +121,8 @@ class Worker:
     async def stop(self, seconds: float) -> None:
         """Gives what is in hand `seconds` to finish, then puts it back into the queue."""
         self.drain()
+        async with self._claiming:  # a claim under way ends in a job in hand, or in none
+            pass
         if self._running:
             await asyncio.wait(self._running, timeout=seconds)
         for job in self._in_hand.values():
@@ -123,20 +134,17 @@ class Worker:
         free = asyncio.Semaphore(slots)
         while not self._draining:
             await free.acquire()
-            claim = None
-            try:
+            async with self._claiming:
                 claim = await self._claim()
-            finally:
-                if claim is None:
-                    free.release()
+                if claim is not None:
+                    # A task of its own: it outlives the end of this loop, see `stop`.
+                    task = asyncio.create_task(self._draw(claim))
+                    self._running.add(task)
+                    task.add_done_callback(self._running.discard)
+                    task.add_done_callback(lambda _: free.release())
             if claim is None:
+                free.release()
                 await self._wake.wait(Wake.QUEUE, POLL_SECONDS)
-                continue
-            # A task of its own: it outlives the end of this loop, see `stop`.
-            task = asyncio.create_task(self._draw(claim))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-            task.add_done_callback(lambda _: free.release())
 
     async def _claim(self) -> Claim | None:
         if self._draining or time.monotonic() < self._paused_until:
@@ -156,53 +164,71 @@ class Worker:
             return None
 
     async def _draw(self, claim: Claim) -> None:
-        job = self._in_hand[claim.job.id] = _InHand(claim)
+        job = self._in_hand[claim.job.id] = _InHand(claim, self._metrics.steps)
         structlog.contextvars.bind_contextvars(job=claim.job.id, attempt=claim.job.attempt)
         self._wake.wake(claim.job.id)
         try:
-            await self._end(job, await self._outcome(job))
+            if not await self._insist(job, await self._outcome(job)):
+                log.warning("lease_lost")
         finally:
             del self._in_hand[claim.job.id]
             self._wake.wake(claim.job.id)
             self._wake.wake(Wake.QUEUE)  # a place among its user's running jobs is free
 
-    async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]] | None:
-        """Draws, and returns how the job is to be ended; None when it is somebody else's."""
+    async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]]:
+        """Draws, and returns how the job is to be ended."""
         try:
-            finished = await generate(self._studio, job.claim.job, job.on_step)
-        except LeaseLost:
-            return None
+            drawn = await draw(self._studio, job.claim.job, job.on_step)
+            job.raise_if_stopped()
+            # Who was paused for longer than a lease learns here that the picture is another's to save.
+            if not await self._insist(job, partial(jobs.holds, self._database, job.claim)):
+                raise LeaseLost
+            finished = await save(self._studio, job.claim.job, drawn)
         except Exception as error:
             return partial(self._end_undrawn, job.claim, error)
-        return partial(jobs.publish, self._database, job.claim, finished)
+        return partial(self._publish, job.claim, finished)
+
+    async def _publish(self, claim: Claim, finished: Finished) -> bool:
+        published = await jobs.publish(self._database, claim, finished)
+        if published:
+            self._metrics.job_ended("succeeded", timings=finished.timings, cache_hit=finished.cache_hit)
+        return published
 
     async def _end_undrawn(self, claim: Claim, error: Exception) -> bool:
         match error:
+            case LeaseLost():
+                return False
             case Cancelled():
-                return await jobs.end_cancelled(self._database, claim)
+                ended = await jobs.end_cancelled(self._database, claim)
+                if ended:
+                    self._metrics.job_ended("cancelled")
+                return ended
             case ShuttingDown():
                 return await jobs.release(self._database, claim)
             case StorageFull():
                 self._paused_until = time.monotonic() + FULL_DISK_SECONDS
                 return await jobs.release(self._database, claim, error)
             case SitterError():
-                return await jobs.fail(self._database, claim, error)
-        log.error("unexpected_error", exc_info=error)
-        return await jobs.fail(self._database, claim, SitterError("something went wrong that should not"))
+                reason = error
+            case _:
+                log.error("unexpected_error", exc_info=error)
+                reason = SitterError("something went wrong that should not")
+        failed = await jobs.fail(self._database, claim, reason)
+        if failed:
+            self._metrics.job_ended("failed", code=reason.code)
+        return failed
 
-    async def _end(self, job: _InHand, write: Callable[[], Awaitable[bool]] | None) -> None:
-        """Writes the end of the job, waiting for the database as long as the job is ours."""
-        while write is not None and not isinstance(job.stop, LeaseLost):
+    async def _insist(self, job: _InHand, write: Callable[[], Awaitable[bool]]) -> bool:
+        """Returns what `write` does, waiting for the database as long as the job is ours."""
+        while not isinstance(job.stop, LeaseLost):
             try:
-                if await write():
-                    return
-                break
+                return await write()
             except (DatabaseUnavailable, StorageFull) as error:
                 log.warning(error.code, reason=error.detail)
                 if isinstance(job.stop, ShuttingDown):
                     break  # its lease lapses, and it runs again
                 await asyncio.sleep(RETRY_SECONDS)
-        log.warning("lease_lost")
+        return False
 
     async def _beat_forever(self) -> None:
         pause = min(BEAT_SECONDS, self._settings.lease_seconds / 6)
@@ -234,6 +260,7 @@ class Worker:
             except DatabaseUnavailable as error:
                 log.warning("database_unavailable", reason=error.detail)
                 continue
+            self._metrics.lease_lapsed(len(taken))
             for job_id in taken:
                 log.warning("lease_lapsed", job=job_id)
                 self._wake.wake(job_id)

@@ -6,6 +6,7 @@ import pytest
 
 from api.config import Settings
 from api.domain.generate import Studio
+from api.domain.metrics import Metrics
 from api.domain.submit import Desk
 from api.domain.wake import Wake
 from api.domain.worker import Worker
@@ -67,7 +68,7 @@ async def make_worker(database: Database, studio: Studio, wake: Wake) -> AsyncIt
 
     def make(**fields: Any) -> Worker:
         settings: Settings = builders.settings({}, **fields)
-        made.append(Worker(settings, database, studio, wake))
+        made.append(Worker(settings, database, studio, wake, Metrics()))
         return made[-1]
 
     yield make

@@ -117,6 +117,17 @@ async def test_a_beat_counts_and_tells_the_progress(database: Database) -> None:
         assert await session.scalar(select(Request.preview)) == b"jpeg"
 
 
+async def test_a_claim_is_held_until_it_is_lost(database: Database) -> None:
+    await enqueue(database, "ada")
+    claim = await taken(database)
+    assert await jobs.holds(database, claim)
+    await jobs.release(database, claim)
+    assert not await jobs.holds(database, claim)
+    again = await taken(database)
+    assert await jobs.holds(database, again)
+    assert not await jobs.holds(database, claim)
+
+
 async def test_a_lost_claim_changes_nothing(database: Database) -> None:
     await enqueue(database, "ada", webhook_url=HOOK)
     lost = await taken(database)
