@@ -380,3 +380,17 @@ def test_a_service_may_be_closed_at_once_and_twice(open_service: Open) -> None:
     service = open_service()
     service.close()
     service.close()
+
+
+def test_a_user_who_is_forgotten_takes_along_what_nobody_else_draws_with(service: ModelService) -> None:
+    service.forget("ada")  # before anything is loaded
+    for user in ("default", "ada", "bo", "chi"):
+        draw(service, user)
+    everything = cached(service)
+    service.forget("ada")
+    assert everything - cached(service) == {key for key in everything if "ada" in key}
+    service.forget("chi")
+    assert len(cached(service)) == 2
+    service.forget("nobody")
+    assert {key for key in cached(service) if "bo" in key}
+    assert len(cached(service)) == 2
