@@ -135,7 +135,8 @@ def _beyond(tokenizer: Any, text: str) -> str:
 
 def _scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> Any:
     kind = SCHEDULERS[name] if name else type(pipeline.scheduler)
-    return kind.from_config(pipeline.scheduler.config)
+    # Left to itself DDIM clips latents as if they were pixels; the pipeline still mends that, and says it will not.
+    return kind.from_config({"clip_sample": False, **pipeline.scheduler.config})
 
 
 def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
