@@ -9,6 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 
+from api.engine.pipeline import drawn_size, sized
+
 STEPS = 30
 GUIDANCE = 7.5
 
@@ -26,8 +28,10 @@ def draw(
     batch: int = 4,
 ) -> list[NDArray[np.uint8]]:
     """One (height, width, 3) picture a prompt; picture i has seed `seed` + i whatever the batch. Guidance is rescaled
-    (arXiv:2305.08891, section 3.4) as the scheduler's private key says."""
+    (arXiv:2305.08891, section 3.4) and other sizes are scaled as the scheduler's private keys say, as the service
+    does."""
     rescale = pipe.scheduler.config.get("_guidance_rescale", 0.0)
+    drawn_width, drawn_height = drawn_size(pipe, width, height)
     pictures: list[NDArray[np.uint8]] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
@@ -36,11 +40,10 @@ def draw(
             part,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            width=width,
-            height=height,
+            width=drawn_width,
+            height=drawn_height,
             guidance_rescale=rescale,
             generator=generators,
-            output_type="np",
         ).images
-        pictures += list((drawn * 255).round().astype(np.uint8))
+        pictures += [np.asarray(sized(image, width, height)) for image in drawn]
     return pictures

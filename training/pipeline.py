@@ -13,13 +13,17 @@ from transformers.utils import logging as transformers_log
 from training.unet import GUIDANCE, NOISE
 
 # Private keys of the scheduler's configuration, which diffusers keeps: whoever calls the pipeline passes the first as
-# its `guidance_rescale`, whoever trains an adapter takes the loss at the second (see unet.py).
+# its `guidance_rescale`, whoever trains an adapter takes the loss at the second (see unet.py), and whoever wants
+# another size draws with the third as the shorter side and scales the picture.
 GUIDANCE_RESCALE = 0.2
+SHORTER_SIDE = 512
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
     scheduler = DPMSolverMultistepScheduler(**NOISE, algorithm_type="dpmsolver++", solver_order=2)
-    scheduler.register_to_config(_guidance_rescale=GUIDANCE_RESCALE, _training_guidance=GUIDANCE)
+    scheduler.register_to_config(
+        _guidance_rescale=GUIDANCE_RESCALE, _training_guidance=GUIDANCE, _shorter_side=SHORTER_SIDE
+    )
     return scheduler
 
 

@@ -116,12 +116,12 @@ class Denoising:
 
 
 def head_cells(rows: int, columns: int) -> Tensor:
-    """(rows, columns): 6 on eyes and cheeks, 2.5 on the rest of the head, 1 elsewhere. The portrait fills the shorter
+    """(rows, columns): 10 on eyes and cheeks, 2.5 on the rest of the head, 1 elsewhere. The portrait fills the shorter
     side, at the bottom."""
     short = min(rows, columns)
     top, left = rows - short, (columns - short) / 2
     weight = torch.ones(rows, columns)
-    for value, (first, last), (start, end) in ((2.5, (1, 11), (4, 12)), (6.0, (6, 9), (5, 11))):
+    for value, (first, last), (start, end) in ((2.5, (1, 11), (4, 12)), (10.0, (6, 9), (5, 11))):
         weight[
             round(top + short * first / 16) : round(top + short * last / 16),
             round(left + short * start / 16) : round(left + short * end / 16),

@@ -88,6 +88,7 @@ def draw(
         on_step(Step(index + 1, own.num_timesteps, look))  # some schedulers take a step more than asked
         return tensors
 
+    width, height = drawn_size(pipeline, request.width, request.height)
     with torch.inference_mode(), applied(adapter, pipeline):
         started = time.perf_counter()
         latents = own(
@@ -99,16 +100,34 @@ def draw(
             # A model trained to zero terminal SNR says here how far guidance may widen its range:
             # https://arxiv.org/abs/2305.08891, section 3.4.
             guidance_rescale=pipeline.scheduler.config.get("_guidance_rescale", 0.0),
-            width=request.width,
-            height=request.height,
+            width=width,
+            height=height,
             generator=[torch.Generator().manual_seed(seed + index) for index in range(request.num_images)],
             output_type="latent",
             callback_on_step_end=after_step,
         ).images
         denoised = time.perf_counter()
-        images = _decode(own, latents)
+        images = [sized(image, request.width, request.height) for image in _decode(own, latents)]
     decoded = time.perf_counter()
     return Drawing(images, denoised - started, decoded - denoised, _unread(pipeline.tokenizer, request))
+
+
+def drawn_size(pipeline: StableDiffusionPipeline, width: int, height: int) -> tuple[int, int]:
+    """Returns the pixels that are drawn for a picture of `width` × `height`; it is scaled to its size afterwards.
+
+    They are its own, except where a model says in `_shorter_side` of its scheduler's configuration that it draws well
+    at that shorter side alone.
+    """
+    side = pipeline.scheduler.config.get("_shorter_side")
+    if side is None:
+        return width, height
+    step, scale = pipeline.vae_scale_factor, side / min(width, height)
+    return round(width * scale / step) * step, round(height * scale / step) * step
+
+
+def sized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Returns `image` at that size in pixels."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _unread(tokenizer: Any, request: GenerateRequest) -> dict[str, str]:
@@ -130,7 +149,8 @@ def _beyond(tokenizer: Any, text: str) -> str:
 
 def _scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> Any:
     kind = SCHEDULERS[name] if name else type(pipeline.scheduler)
-    return kind.from_config(pipeline.scheduler.config)
+    # Left to itself DDIM clips latents as if they were pixels; the pipeline still mends that, and says it will not.
+    return kind.from_config({"clip_sample": False, **pipeline.scheduler.config})
 
 
 def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:

@@ -11,8 +11,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
+from api.config import ROOT
 from api.engine.adapters import load_adapter
-from api.engine.pipeline import SCHEDULERS, Drawing, Step, draw
+from api.engine.pipeline import SCHEDULERS, Drawing, Step, draw, drawn_size
 from api.errors import BadPicture, Blocked
 from api.schemas import GenerateRequest
 from tests import builders
@@ -148,6 +149,36 @@ def test_a_decoder_that_overflows_in_half_precision_decodes_in_full(base: Stable
     images = ours(base)
     assert base.vae.dtype == torch.float16
     assert np.abs(np.asarray(images[0], int) - np.asarray(expected[0], int)).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn"), [((256, 256), (64, 64)), ((512, 256), (128, 64)), ((256, 320), (64, 80)), ((64, 64), (64, 64))]
+)
+def test_a_model_of_one_size_draws_it_and_the_picture_is_scaled(
+    base: StableDiffusionPipeline, asked: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    base.scheduler.register_to_config(_shorter_side=64)
+    assert drawn_size(base, *asked) == drawn
+    [picture] = ours(base, width=max(256, asked[0]), height=max(256, asked[1]))
+    assert picture.size == (max(256, asked[0]), max(256, asked[1]))
+
+
+def test_a_model_without_a_size_of_its_own_draws_what_is_asked(base: StableDiffusionPipeline) -> None:
+    assert drawn_size(base, 1024, 256) == (1024, 256)
+
+
+@pytest.mark.slow
+def test_every_scheduler_draws_much_the_same_with_the_bundled_model() -> None:
+    """A sampler that reads the configuration otherwise than it was meant draws a gray face, and no error."""
+    bundled = StableDiffusionPipeline.from_pretrained(ROOT / "models/demo", dtype=torch.float32)
+    bundled.set_progress_bar_config(disable=True)
+
+    def picture(scheduler: str | None) -> Any:
+        words = "a bald man in a white chef uniform, plain blue background"
+        return np.asarray(ours(bundled, prompt=words, num_inference_steps=20, scheduler=scheduler)[0], float)
+
+    own = picture(None)
+    assert {name: np.abs(picture(name) - own).mean() < 20 for name in SCHEDULERS} == dict.fromkeys(SCHEDULERS, True)
 
 
 def test_on_step_counts_from_one_to_the_last(base: StableDiffusionPipeline) -> None:
