@@ -5,7 +5,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -150,7 +151,7 @@ class Worker:
         if self._draining or time.monotonic() < self._paused_until:
             return None
         settings = self._settings
-        try:
+        with _going_on():
             self._studio.pictures.require_room()
             return await jobs.claim(
                 self._database,
@@ -159,17 +160,16 @@ class Worker:
                 settings.warm_first_seconds,
                 settings.limit_running,
             )
-        except (DatabaseUnavailable, StorageFull) as error:
-            log.warning(error.code, reason=error.detail)
-            return None
+        return None
 
     async def _draw(self, claim: Claim) -> None:
         job = self._in_hand[claim.job.id] = _InHand(claim, self._metrics.steps)
         structlog.contextvars.bind_contextvars(job=claim.job.id, attempt=claim.job.attempt)
         self._wake.wake(claim.job.id)
         try:
-            if not await self._insist(job, await self._outcome(job)):
-                log.warning("lease_lost")
+            with _going_on():  # what could not be ended runs again once its lease has lapsed
+                if not await self._insist(job, await self._outcome(job)):
+                    log.warning("lease_lost")
         finally:
             del self._in_hand[claim.job.id]
             self._wake.wake(claim.job.id)
@@ -234,35 +234,41 @@ class Worker:
         pause = min(BEAT_SECONDS, self._settings.lease_seconds / 6)
         while True:
             await self._wake.wait(BEAT, pause)
-            claims = {}
-            for job_id, job in self._in_hand.items():
-                claims[job_id] = (job.claim.token, job.report())
-            if not claims:
-                continue
-            try:
-                lost, cancelled = await jobs.beat(self._database, claims)
-            except DatabaseUnavailable as error:
-                log.warning("database_unavailable", reason=error.detail)
-                continue
-            for job_id, job in self._in_hand.items():
-                if job_id in lost and job_id in claims:
-                    job.stop = LeaseLost()
-                elif job_id in cancelled and job.stop is None:
-                    job.stop = Cancelled("it was cancelled")
-                self._wake.wake(job_id)
+            with _going_on():
+                await self._beat()
+
+    async def _beat(self) -> None:
+        claims = {job_id: (job.claim.token, job.report()) for job_id, job in self._in_hand.items()}
+        if not claims:
+            return
+        lost, cancelled = await jobs.beat(self._database, claims)
+        for job_id, job in self._in_hand.items():
+            if job_id in lost and job_id in claims:
+                job.stop = LeaseLost()
+            elif job_id in cancelled and job.stop is None:
+                job.stop = Cancelled("it was cancelled")
+            self._wake.wake(job_id)
 
     async def _watch_forever(self) -> None:
         watchman = Watchman(self._database, self._settings.lease_seconds)
         while True:
             await asyncio.sleep(self._settings.lease_seconds / 6)
-            try:
+            with _going_on():
                 taken = await watchman.look(self._in_hand)
-            except DatabaseUnavailable as error:
-                log.warning("database_unavailable", reason=error.detail)
-                continue
-            self._metrics.lease_lapsed(len(taken))
-            for job_id in taken:
-                log.warning("lease_lapsed", job=job_id)
-                self._wake.wake(job_id)
-            if taken:
-                self._wake.wake(Wake.QUEUE)
+                self._metrics.lease_lapsed(len(taken))
+                for job_id in taken:
+                    log.warning("lease_lapsed", job=job_id)
+                    self._wake.wake(job_id)
+                if taken:
+                    self._wake.wake(Wake.QUEUE)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Lets a loop go on after whatever went wrong in one round, and logs it."""
+    try:
+        yield
+    except (DatabaseUnavailable, StorageFull) as error:
+        log.warning(error.code, reason=error.detail)
+    except Exception as error:
+        log.error("unexpected_error", exc_info=error)
