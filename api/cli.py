@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from api import __version__, cli_users, serving
+from api import __version__, cli_users, cli_vault, serving
 from api.cli_people import console, errors_for_people, to_people
 from api.config import DEFAULT_USER, Settings, load_settings
 from api.domain.accounts import check_host
@@ -36,6 +36,7 @@ app.add_typer(database, name="db")
 app.add_typer(cli_users.users, name="users")
 app.add_typer(cli_users.keys, name="keys")
 app.add_typer(cli_users.audit, name="audit")
+app.add_typer(cli_vault.vault, name="vault")
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
 

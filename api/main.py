@@ -19,7 +19,7 @@ from api.domain.metrics import Metrics
 from api.domain.users import offer_setup
 from api.errors import SettingsError, StorageUnavailable
 from api.model_service import ModelService
-from api.routes import accounts, admin, cache, generate, health, images, jobs, metrics, setup
+from api.routes import accounts, admin, cache, generate, health, images, jobs, metrics, privacy, setup
 from api.routes.docs import add_docs
 from api.routes.errors import add_error_handlers, error_responses
 from api.routes.guard import add_guard
@@ -57,7 +57,7 @@ def create_app(settings: Settings, models: MakeModels = ModelService) -> FastAPI
     )
     app.add_middleware(BodyLimit)
     add_error_handlers(app)
-    for room in (generate, jobs, images, accounts, admin, setup, health, metrics, cache):
+    for room in (generate, jobs, images, accounts, privacy, admin, setup, health, metrics, cache):
         app.include_router(room.router)
     add_docs(app)
     add_guard(app, settings)

@@ -12,10 +12,12 @@ import structlog
 from api.config import Settings
 from api.domain.accounts import Accounts
 from api.domain.generate import Studio
+from api.domain.library import keep_swept
 from api.domain.metrics import Metrics
 from api.domain.readiness import Readiness
 from api.domain.submit import Desk
 from api.domain.wake import Wake
+from api.domain.webhooks import Deliverer
 from api.domain.worker import Worker
 from api.model_service import ModelService
 from api.store.database import Database, migrate
@@ -89,17 +91,22 @@ async def open_service(
 
 @asynccontextmanager
 async def working(service: Service, slots: int) -> AsyncIterator[None]:
-    """Draws up to `slots` jobs at once inside the block; at its end what is in hand is finished or put back."""
-    if not slots:
-        yield
-        return
-    task = asyncio.create_task(service.worker.run(slots))
+    """Draws up to `slots` jobs at once inside the block, sends webhooks, and removes files that belong to nothing.
+
+    At the end of the block the jobs in hand are finished or put back.
+    """
+    deliverer = Deliverer(service.settings, service.database, service.vault, service.wake, service.metrics)
+    chores = [deliverer.run(), keep_swept(service.pictures, service.database)]
+    if slots:
+        chores.append(service.worker.run(slots))
+    tasks = [asyncio.create_task(chore) for chore in chores]
     try:
         yield
     finally:
         await service.worker.stop(GRACEFUL_SECONDS)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def configure_logging(level: str) -> None:

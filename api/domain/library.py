@@ -169,8 +169,10 @@ async def keep_swept(pictures: PictureFolder, database: Database) -> None:
     while True:
         try:
             await sweep(pictures, database)
-        except (SitterError, OSError) as error:
-            log.warning("not_swept", reason=str(error))
+        except SitterError as error:
+            log.warning(error.code, reason=error.detail)
+        except Exception as error:  # there is another hour
+            log.error("unexpected_error", exc_info=error)
         await asyncio.sleep(SWEEP_SECONDS)
 
 

@@ -8,9 +8,10 @@ from collections import defaultdict
 
 
 class Wake:
-    """Wakes the tasks that wait for a topic: a job's id, or `QUEUE`. For one event loop."""
+    """Wakes the tasks that wait for a topic: a job's id, `QUEUE` or `WEBHOOKS`. For one event loop."""
 
     QUEUE = "queue"
+    WEBHOOKS = "webhooks"
 
     def __init__(self) -> None:
         self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)

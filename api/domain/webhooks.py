@@ -29,14 +29,13 @@ from api.domain import outside, quota
 from api.domain.metrics import Metrics
 from api.domain.outside import Answer, Resolve
 from api.domain.wake import Wake
-from api.errors import DatabaseUnavailable, InvalidRequest, NotFound
+from api.errors import InvalidRequest, NotFound, SitterError
 from api.store.database import Database
 from api.store.tables import Delivery, Image, Request, User, now
 from api.store.vault import Vault
 
 log = structlog.get_logger()
 
-TOPIC = "webhooks"  # of `Wake`: a job with a webhook ended
 POLL_SECONDS = 1.0  # how often deliveries of other processes' jobs are looked for
 AT_ONCE = 16  # deliveries under way
 AT_ONCE_OF_USER = 4  # so that one's dead receivers do not hold up everybody's
@@ -120,16 +119,18 @@ class Deliverer:
         """Delivers until it is cancelled; what is under way then is sent again later."""
         async with asyncio.TaskGroup() as group:
             while True:
+                parcels: list[Parcel] = []
                 try:
                     parcels = await self._claim()
-                except DatabaseUnavailable as error:
+                except SitterError as error:
                     log.warning(error.code, reason=error.detail)
-                    parcels = []
+                except Exception as error:  # the others wait for this loop
+                    log.error("unexpected_error", exc_info=error)
                 for parcel in parcels:
                     self._under_way[parcel.user_id] += 1
                     group.create_task(self._handle(parcel))
                 if not parcels:
-                    await self._wake.wait(TOPIC, POLL_SECONDS)
+                    await self._wake.wait(Wake.WEBHOOKS, POLL_SECONDS)
 
     async def _claim(self) -> list[Parcel]:
         """Takes deliveries that are due, by putting off the moment when others may."""
@@ -183,12 +184,14 @@ class Deliverer:
             sent, wait = await self._send(parcel)
             self._metrics.webhook(sent)
             await self._note(parcel, wait)
-        except Exception as error:  # one delivery must not end all others; the claim lapses, and it is sent again
-            log.error("webhook_not_handled", job=parcel.request_id, exc_info=error)
+        except SitterError as error:  # the claim lapses, and it is sent again; so it is in the next case
+            log.warning(error.code, reason=error.detail)
+        except Exception as error:
+            log.error("unexpected_error", job=parcel.request_id, exc_info=error)
         finally:
             self._under_way[parcel.user_id] -= 1
             self._under_way += Counter()  # forgets users without any
-            self._wake.wake(TOPIC)
+            self._wake.wake(Wake.WEBHOOKS)
 
     async def _send(self, parcel: Parcel) -> tuple[bool, timedelta | None]:
         """Tries once. Returns whether it arrived, and how long the receiver wants us to wait; None is for ever."""

@@ -94,13 +94,13 @@ class Worker:
         self._in_hand: dict[str, _InHand] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._claiming = asyncio.Lock()
-        self._draining = False
+        self._draining_since: float | None = None
         self._paused_until = 0.0
 
     @property
     def draining(self) -> bool:
         """Whether it takes no more jobs."""
-        return self._draining
+        return self._draining_since is not None
 
     @property
     def in_hand(self) -> frozenset[str]:
@@ -109,7 +109,7 @@ class Worker:
 
     def drain(self) -> None:
         """Takes no more jobs from now on; those in hand go on. May be called from a signal handler."""
-        self._draining = True
+        self._draining_since = self._draining_since or time.monotonic()
         self._wake.wake(Wake.QUEUE)
 
     async def run(self, slots: int) -> None:
@@ -120,12 +120,14 @@ class Worker:
             group.create_task(self._claim_forever(slots))
 
     async def stop(self, seconds: float) -> None:
-        """Gives what is in hand `seconds` to finish, then puts it back into the queue."""
+        """Gives what is in hand `seconds` from `drain` on to finish, then puts it back into the queue."""
         self.drain()
+        assert self._draining_since is not None
+        left = max(0.0, self._draining_since + seconds - time.monotonic())
         async with self._claiming:  # a claim under way ends in a job in hand, or in none
             pass
         if self._running:
-            await asyncio.wait(self._running, timeout=seconds)
+            await asyncio.wait(self._running, timeout=left)
         for job in self._in_hand.values():
             job.stop = ShuttingDown("the server is stopping")
         if self._running:
@@ -133,7 +135,7 @@ class Worker:
 
     async def _claim_forever(self, slots: int) -> None:
         free = asyncio.Semaphore(slots)
-        while not self._draining:
+        while not self.draining:
             await free.acquire()
             async with self._claiming:
                 claim = await self._claim()
@@ -148,7 +150,7 @@ class Worker:
                 await self._wake.wait(Wake.QUEUE, POLL_SECONDS)
 
     async def _claim(self) -> Claim | None:
-        if self._draining or time.monotonic() < self._paused_until:
+        if self.draining or time.monotonic() < self._paused_until:
             return None
         settings = self._settings
         with _going_on():
@@ -174,6 +176,7 @@ class Worker:
             del self._in_hand[claim.job.id]
             self._wake.wake(claim.job.id)
             self._wake.wake(Wake.QUEUE)  # a place among its user's running jobs is free
+            self._wake.wake(Wake.WEBHOOKS)
 
     async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]]:
         """Draws, and returns how the job is to be ended."""

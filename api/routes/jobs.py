@@ -11,6 +11,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from api.domain import history, jobs
 from api.domain.history import ENDED, Seen
 from api.domain.submit import Order
+from api.domain.webhooks import check_webhook_url
 from api.domain.worker import BEAT
 from api.errors import Forbidden
 from api.routes.caller import CallerDep, require
@@ -53,6 +54,8 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
     """
     if request.priority > 0 and not caller.is_admin:
         raise Forbidden("a priority above 0 is for administrators", "Leave priority away.")
+    if request.webhook_url is not None:
+        check_webhook_url(request.webhook_url, service.settings)
     service.pictures.require_room()
     named = request.user_id if "user_id" in request.model_fields_set else None
     order = Order(

@@ -59,7 +59,8 @@ class User(Table):
     password: Mapped[str | None] = mapped_column(String(200))  # argon2id
     type: Mapped[UserType] = mapped_column(String(10), default="user")
     disabled: Mapped[bool] = mapped_column(default=False)
-    token_version: Mapped[int] = mapped_column(default=0)  # raised to end every session
+    # Raised to end every session. It begins anywhere, so that no token of an erased user fits whoever has the id next.
+    token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbelow(2**30))
     limits: Mapped[dict[str, Any]] = mapped_column(default=dict)  # what an administrator set otherwise
     finish_tag: Mapped[int] = mapped_column(BigInteger, default=0)  # see `Queue`
     created_at: Mapped[datetime] = mapped_column(default=now)

@@ -14,7 +14,7 @@ from standardwebhooks import Webhook
 from api.domain import webhooks
 from api.domain.metrics import Metrics
 from api.domain.wake import Wake
-from api.domain.webhooks import AGAIN, TOPIC, Deliverer, webhook_secret
+from api.domain.webhooks import AGAIN, Deliverer, webhook_secret
 from api.errors import NotFound
 from api.store.database import Database
 from api.store.tables import Delivery, Request, User, now
@@ -58,7 +58,7 @@ class Post:
             session.add(job)
             await session.flush()
             session.add(Delivery(request_id=job.id))
-        self.wake.wake(TOPIC)
+        self.wake.wake(Wake.WEBHOOKS)
         return job
 
     async def left(self) -> list[Delivery]:
@@ -69,7 +69,7 @@ class Post:
         """Makes everything due now."""
         async with self.database.transaction() as session:
             await session.execute(update(Delivery).values(next_at=now() - timedelta(days=2)))
-        self.wake.wake(TOPIC)
+        self.wake.wake(Wake.WEBHOOKS)
 
     async def until(self, fits: Callable[[list[Delivery]], bool]) -> list[Delivery]:
         async with asyncio.timeout(PATIENCE):
