@@ -100,7 +100,7 @@ async def test_a_user_is_made_once(database: Database) -> None:
     async with database.reading() as session:
         ada = await session.get_one(User, "ada")
         assert await session.scalar(select(func.count()).select_from(User)) == 1
-    assert (ada.name, ada.type, ada.disabled, ada.limits, ada.token_version) == ("ada", "user", False, {}, 0)
+    assert (ada.name, ada.type, ada.disabled, ada.limits) == ("ada", "user", False, {})
 
 
 async def test_the_count_of_what_waits_reads_an_index(migrated_sqlite: Path) -> None:
