@@ -39,12 +39,16 @@ def serve(settings: Settings) -> None:
     )
     # What uvicorn puts back when it is done: a Ctrl-C while the last threads end has nothing more to wait for.
     signal.signal(signal.SIGINT, _end_now)
-    _Talking(config).run([listening])
+    _Talking(config, needs_key=settings.auth == "required").run([listening])
     print("Stopped.", file=sys.stderr)
 
 
 class _Talking(uvicorn.Server):
     """Says where the service is once it listens, and what a Ctrl-C does."""
+
+    def __init__(self, config: uvicorn.Config, needs_key: bool) -> None:
+        super().__init__(config)
+        self._needs_key = needs_key
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -52,8 +56,9 @@ class _Talking(uvicorn.Server):
             return
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         address = url(host, port)
+        key = """ -H "Authorization: Bearer $KEY" """.rstrip() if self._needs_key else ""
         curl = (
-            f"curl -s {address}/generate/image -H 'Content-Type: application/json' \\\n"
+            f"curl -s {address}/generate/image{key} -H 'Content-Type: application/json' \\\n"
             """    -d '{"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada"}' -o ada.png"""
         )
         print(f"\nSitter is at {address} (the API to try: {address}/docs). A picture of Ada:\n\n  {curl}\n")

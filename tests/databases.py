@@ -26,7 +26,6 @@ OPTIONS = {
     "timezone": "Asia/Kathmandu",  # an hour of its own, so that a time without a zone shows
     "fsync": "off",
     "full_page_writes": "off",
-    "synchronous_commit": "off",
 }
 # The server ends when it is told how (a signal's name on stdin) or when we are gone, however we went.
 WATCHED = """
