@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ HIDDEN = {**ONE_STEP, "negative_prompt": f"no {CANARY}", "tags": ["bird"]}
 
 
 @pytest.mark.parametrize("settings", [{"SENSITIVE_PROMPTS": "true"}, {}], ids=["all", "those that say so"])
-def test_no_file_and_no_log_tells_a_sensitive_prompt(models: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+def test_no_file_and_no_log_tells_a_sensitive_prompt(models: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     users = {"default": str(models / "one"), "eve": str(tmp_path / "nowhere")}
     sensitive = {} if settings else {"sensitive": True}
     with Server(tmp_path, users, LOG_LEVEL="debug", **settings) as server:
