@@ -142,15 +142,21 @@ def upgrade_database() -> None:
 @app.command()
 def models(
     address: Annotated[str | None, typer.Option(help="The running server [http://HOST:PORT].")] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="KEY", help="With AUTH=required: an administrator's API key.")
+    ] = None,
 ) -> None:
     """Show which models the running server holds in memory."""
     with errors_for_people():
         settings = load_settings()
         url = address or serving.url(settings.host, settings.port)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            answer = CacheResponse.model_validate_json(
-                httpx2.get(f"{url}/cache", timeout=10).raise_for_status().content
-            )
+            got = httpx2.get(f"{url}/cache", headers=headers, timeout=10)
+            if got.status_code in {401, 403}:
+                to_people.print("This server asks for an administrator's API key: --key, made by `sitter keys add`.")
+                raise typer.Exit(1)
+            answer = CacheResponse.model_validate_json(got.raise_for_status().content)
         except (httpx2.HTTPError, httpx2.InvalidURL, ValidationError) as error:
             to_people.print(f"No Sitter answers at {url}.\nStart it with `sitter serve`, or say --address.")
             raise typer.Exit(1) from error

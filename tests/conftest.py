@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from api.config import Settings
 from api.store.database import Database, migrate
@@ -17,6 +18,13 @@ def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in {*Settings.model_fields, "sitter_config"} & {name.lower() for name in os.environ}:
         for spelling in (name, name.upper()):
             monkeypatch.delenv(spelling, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_of_another_test() -> Iterator[None]:
+    """Opening a service sends the log to the stderr of its test, which is closed afterwards."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

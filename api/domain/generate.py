@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from api.domain.jobs import Finished
+from api.domain.library import searchable
 from api.domain.png_text import describe, with_text
 from api.domain.submit import request_of
 from api.model_service import Generation, ModelService
@@ -83,7 +84,7 @@ def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
                 image_url=path.name,
                 description=job.description,
                 sensitive=job.sensitive,
-                words="" if job.sensitive else job.description.lower(),
+                words="" if job.sensitive else searchable(job.description),
                 model_id=generation.model_id,
                 width=request.width,
                 height=request.height,
@@ -103,4 +104,4 @@ def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
 def picture_name(job: Request, position: int) -> str:
     """Returns the file name of a job's picture: the same whenever the job runs, and nobody else's."""
     number = f"_{position + 1}" if position else ""
-    return f"{job.user_id}_{job.created_at:%Y%m%d_%H%M%S}_{job.id[-8:]}{number}.png"
+    return f"{job.user_id}_{job.created_at:%Y%m%d_%H%M%S}_{job.id[-12:]}{number}.png"

@@ -15,7 +15,7 @@ from api.config import Settings
 from api.domain import quota
 from api.domain.jobs import QUEUED
 from api.domain.wake import Wake
-from api.errors import Busy, KeyReused, NotAuthenticated, SitterError
+from api.errors import Busy, KeyReused, NotAuthenticated, NotFound, SitterError
 from api.schemas import GenerateRequest
 from api.store.database import Database
 from api.store.tables import Queue, Request, User
@@ -66,7 +66,8 @@ class Desk:
             KeyReused: that key came with another body.
             LimitReached: a limit of the user is used up.
             Busy: the whole queue is full.
-            NotAuthenticated: the user is gone or disabled.
+            NotFound: there is no such user.
+            NotAuthenticated: the user is disabled.
             DatabaseUnavailable: nothing was accepted.
         """
         waiting = _Waiting(order, asyncio.get_running_loop().create_future())
@@ -113,8 +114,9 @@ class Desk:
 
     async def _accept(self, session: AsyncSession, order: Order) -> Request:
         body = repr((order.request.model_dump_json(), order.sensitive, order.tags, order.category, order.webhook_url))
-        body_hash = self._vault.digest(body.encode())
-        if order.idempotency_key and (known := await _known(session, order, body_hash)):
+        if order.idempotency_key and (known := await _known(session, order)):
+            if not self._vault.matches(known.body_hash, body.encode()):
+                raise KeyReused("this Idempotency-Key was used for another request")
             return known
         user, virtual_time, queued = await self._stand(session, order.user_id)
         if queued >= self._settings.max_queued:
@@ -138,7 +140,7 @@ class Desk:
             model_id=self._settings.source_for(order.user_id).model_id,
             webhook_url=order.webhook_url,
             idempotency_key=order.idempotency_key,
-            body_hash=body_hash,
+            body_hash=self._vault.digest(body.encode()),
             priority=order.priority,
             images=request.num_images,
             steps=steps,
@@ -160,8 +162,10 @@ class Desk:
         if row is None and self._settings.auth == "open":
             await quota.ensure_user(session, user_id)
             row = (await session.execute(stand.with_for_update(of=User))).first()
-        if row is None or row[0].disabled:
-            raise NotAuthenticated("this user is not there any more, or is disabled")
+        if row is None:
+            raise NotFound(f"there is no user {user_id}")
+        if row[0].disabled:
+            raise NotAuthenticated("this user is disabled")
         return row[0], row[1], row[2]
 
 
@@ -178,11 +182,9 @@ def _refuse(waiting: _Waiting, error: Exception) -> None:
         waiting.job.set_exception(error)
 
 
-async def _known(session: AsyncSession, order: Order, body_hash: str) -> Request | None:
+async def _known(session: AsyncSession, order: Order) -> Request | None:
     same_key = (Request.user_id == order.user_id, Request.idempotency_key == order.idempotency_key)
-    job = await session.scalar(select(Request).where(*same_key))
-    if job is not None and job.body_hash != body_hash:
-        raise KeyReused("this Idempotency-Key was used for another request")
+    job: Request | None = await session.scalar(select(Request).where(*same_key))
     return job
 
 

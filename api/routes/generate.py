@@ -131,7 +131,7 @@ async def _wait(
                 raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.")
             if time.perf_counter() - began >= patience or await http.is_disconnected():
                 location = {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}
-                return JSONResponse(describe(seen, service).model_dump(mode="json"), 202, location)
+                return JSONResponse(describe(seen, service, caller).model_dump(mode="json"), 202, location)
             seen = await history.changed(service.wake, service.database, caller, seen)
     except asyncio.CancelledError as error:  # by uvicorn, whose patience with what still runs is at its end
         raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.") from error

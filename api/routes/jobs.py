@@ -5,11 +5,14 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Body, Depends, Header, Query, Response
+from fastapi import APIRouter, Body, Depends, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from api.config import UserId
 from api.domain import history, jobs
+from api.domain.accounts import Caller
 from api.domain.history import ENDED, Seen
+from api.domain.library import readable
 from api.domain.submit import Order
 from api.domain.webhooks import check_webhook_url
 from api.domain.worker import BEAT
@@ -18,6 +21,7 @@ from api.routes.caller import CallerDep, require
 from api.routes.errors import error_responses
 from api.routes.service import ServiceDep
 from api.schemas import ErrorResponse
+from api.wire.accounts import Id
 from api.wire.jobs import Job, JobImage, JobPage, JobRequest, Status
 from api.wiring import Service
 
@@ -73,7 +77,10 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
     return job.id
 
 
-async def _seen(job_id: str, service: ServiceDep, caller: CallerDep) -> Seen:
+JobId = Annotated[Id, Path(description="Names the job.", examples=["019a9f3c2d10b1946ac93f21d07e"])]
+
+
+async def _seen(job_id: JobId, service: ServiceDep, caller: CallerDep) -> Seen:
     return await history.find(service.database, caller, job_id)
 
 
@@ -97,7 +104,7 @@ async def make_job(
     """Accepts a job: once this answers, the picture will be drawn, whatever happens to the server."""
     job_id = await accept(request, service, caller, idempotency_key)
     response.headers["Location"] = f"/jobs/{job_id}"
-    return describe(await history.find(service.database, caller, job_id), service)
+    return describe(await history.find(service.database, caller, job_id), service, caller)
 
 
 @router.get(
@@ -110,14 +117,14 @@ async def list_jobs(
     service: ServiceDep,
     caller: CallerDep,
     status: Annotated[Status | None, Query(description="Those in this state alone.")] = None,
-    user_id: Annotated[str | None, Query(description="Whose; for administrators.", max_length=64)] = None,
-    before: Annotated[str | None, Query(description="Older than this job.", max_length=64)] = None,
+    user_id: Annotated[UserId | None, Query(description="Whose; for administrators.")] = None,
+    before: Annotated[Id | None, Query(description="Older than this job.")] = None,
     limit: Annotated[int, Query(description="Most jobs on a page.", ge=1, le=100)] = 20,
 ) -> JobPage:
     """Lists your jobs, newest first, a page at a time."""
     found = await history.page(service.database, caller, user_id, status, before, limit)
     return JobPage(
-        jobs=[describe(seen, service) for seen in found],
+        jobs=[describe(seen, service, caller) for seen in found],
         before=found[-1].job.id if len(found) == limit else None,
     )
 
@@ -128,9 +135,9 @@ async def list_jobs(
     responses=error_responses(401, 403, 404),
     dependencies=[Depends(require("read"))],
 )
-async def show_job(seen: SeenDep, service: ServiceDep) -> Job:
+async def show_job(seen: SeenDep, service: ServiceDep, caller: CallerDep) -> Job:
     """Says how far a job is, and where its pictures are."""
-    return describe(seen, service)
+    return describe(seen, service, caller)
 
 
 @router.post(
@@ -144,7 +151,7 @@ async def cancel_job(seen: SeenDep, service: ServiceDep, caller: CallerDep) -> J
     await jobs.cancel(service.database, seen.job.id)
     service.wake.wake(seen.job.id)
     service.wake.wake(BEAT)
-    return describe(await history.find(service.database, caller, seen.job.id), service)
+    return describe(await history.find(service.database, caller, seen.job.id), service, caller)
 
 
 @router.get(
@@ -168,7 +175,7 @@ async def follow_job(
     while True:
         job = seen.job
         if job.revision != sent or seen.position != place:
-            yield ServerSentEvent(event=_event(seen), data=describe(seen, service), id=str(job.revision))
+            yield ServerSentEvent(event=_event(seen), data=describe(seen, service, caller), id=str(job.revision))
             sent, place = job.revision, seen.position
         if job.status in ENDED:
             return
@@ -189,7 +196,7 @@ def _event(seen: Seen) -> str:
             return status
 
 
-def describe(seen: Seen, service: Service) -> Job:
+def describe(seen: Seen, service: Service, caller: Caller) -> Job:
     """Returns the job as the wire shows it."""
     job = seen.job
     error = None
@@ -199,7 +206,7 @@ def describe(seen: Seen, service: Service) -> Job:
     return Job.model_validate(
         known
         | {
-            "prompt": service.vault.open(job.description) if job.sensitive else job.description,
+            "prompt": readable(service.vault, caller, job.user_id, job.sensitive, job.description),
             "num_images": job.images,
             "steps": job.step_count,
             "position": seen.position,

@@ -19,6 +19,7 @@ from api.errors import DatabaseUnavailable, SitterError, StorageFull
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 30.0  # how long a writer waits for another process's
 POOL_SECONDS = 10.0
+IDLE_SECONDS = 30.0  # how long PostgreSQL bears a transaction that does nothing
 FOLDER_HINT = "DATA_DIR must be a folder that the server may write to."
 
 
@@ -52,7 +53,9 @@ class Database:
                 pool_timeout=POOL_SECONDS,
                 pool_pre_ping=True,
                 hide_parameters=True,
+                connect_args={"connect_timeout": int(POOL_SECONDS)},
             )
+            event.listen(self._engine.sync_engine, "connect", _prepare_postgresql)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         # SQLite has one writer at a time and makes the others poll: ours take turns in order of arrival instead.
         self._turn: asyncio.Lock | nullcontext[None] = asyncio.Lock() if self.is_sqlite else nullcontext()
@@ -105,7 +108,7 @@ def _our_error(error: BaseException) -> SitterError | None:
         return StorageFull("the disk of the database is full", "Free some space where the database is (DATA_DIR).")
     if code in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
         return DatabaseUnavailable("the file is not a database, or is damaged", "Move it away, or restore a copy.")
-    if code.startswith("SQLITE_BUSY"):
+    if code.startswith("SQLITE_BUSY") or code == "55P03":
         return DatabaseUnavailable(f"the database was locked for more than {BUSY_SECONDS:g} s")
     away = isinstance(error, (OperationalError, InterfaceError, PoolTimeout, ConnectionError))
     if away or (isinstance(error, DBAPIError) and error.connection_invalidated):
@@ -152,6 +155,15 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _prepare_postgresql(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    # A process that stands still in the middle of a transaction must not hold up the others for good.
+    cursor.execute(f"SET idle_in_transaction_session_timeout = {IDLE_SECONDS * 1000:.0f}")
+    cursor.execute(f"SET lock_timeout = {BUSY_SECONDS * 1000:.0f}")
+    cursor.close()
+    connection.commit()
 
 
 def _begin_sqlite(connection: Any) -> None:

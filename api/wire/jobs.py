@@ -50,7 +50,10 @@ class Job(BaseModel):
     id: str = Field(description="Name of the job.", examples=["019a9f3c2d10b1946ac93f21d07e"])
     user_id: str = Field(description="Whose model draws.", examples=["ada"])
     status: Status = Field(description="How far it is.", examples=["running"])
-    prompt: str = Field(description="What is drawn.", examples=["photo of sks person as a futuristic astronaut"])
+    prompt: str | None = Field(
+        description="What is drawn; null where it is sensitive and not yours.",
+        examples=["photo of sks person as a futuristic astronaut"],
+    )
     model_id: str = Field(description="The model that draws.", examples=["models/sitters/ada"])
     sensitive: bool = Field(description="Whether the prompt is kept encrypted.", examples=[False])
     num_images: int = Field(description="Pictures asked for.", examples=[1])

@@ -7,7 +7,7 @@ from sqlalchemy import func, select
 
 from api.domain import jobs
 from api.domain.submit import Desk, Order, request_of, work
-from api.errors import Busy, KeyReused, LimitReached, NotAuthenticated
+from api.errors import Busy, KeyReused, LimitReached, NotAuthenticated, NotFound
 from api.schemas import GenerateRequest
 from api.store.database import Database
 from api.store.tables import Request, User
@@ -99,8 +99,8 @@ async def test_nobody_submits_for_a_user_who_is_not_there_or_disabled(make_desk:
     desk = make_desk(auth="required")
     async with database.transaction() as session:
         session.add(User(id="gone", name="gone", disabled=True))
-    for user_id in ("gone", "nobody"):
-        with pytest.raises(NotAuthenticated):
+    for user_id, refusal in (("gone", NotAuthenticated), ("nobody", NotFound)):
+        with pytest.raises(refusal):
             await desk.submit(order(user_id))
     assert await count(database) == 0
 

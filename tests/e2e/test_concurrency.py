@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.e2e.pictures import difference, png_of
+from tests.e2e.pictures import difference, pixels_of, png_of
 from tests.e2e.server import SMALL, Server
 
 Fields = dict[str, Any]
@@ -66,7 +66,7 @@ def test_the_cache_is_emptied_while_models_draw(server: Server) -> None:
     wanted = [
         {"user_id": user, "seed": seed, "num_inference_steps": 4} for seed in range(3) for user in ("a", "second")
     ]
-    alone = [png_of(server.drawn(**fields)) for fields in wanted]
+    alone = [pixels_of(server.drawn(**fields)) for fields in wanted]
     emptied = 0
     with ThreadPoolExecutor(len(wanted)) as pool:
         drawings = [in_background(pool, server, **fields) for fields in wanted]
@@ -74,26 +74,26 @@ def test_the_cache_is_emptied_while_models_draw(server: Server) -> None:
             server.clear_cache()
             emptied += 1
             time.sleep(0.02)
-    assert [png_of(drawing.result()) for drawing in drawings] == alone
+    assert [pixels_of(drawing.result()) for drawing in drawings] == alone
     assert emptied > 1
     server.clear_cache()
     assert server.get("/cache")["used_bytes"] == {"cpu": 0}
 
 
 def test_clients_that_leave_disturb_nobody(server: Server) -> None:
-    alone = png_of(server.drawn(seed=7))
+    alone = pixels_of(server.drawn(seed=7))
     with ThreadPoolExecutor(16) as pool:
         leaving = [
             pool.submit(server.client.post, "/generate", json={**SMALL, "seed": 8}, timeout=0.05) for _ in range(8)
         ]
         staying = [in_background(pool, server, seed=7) for _ in range(8)]
-        assert [png_of(drawing.result()) for drawing in staying] == [alone] * 8
+        assert [pixels_of(drawing.result()) for drawing in staying] == [alone] * 8
         for request in leaving:
             with pytest.raises(httpx2.TimeoutException):
                 request.result()
     for _ in range(20):
         socket.create_connection(("127.0.0.1", server.port)).close()
-    assert png_of(server.drawn(seed=7)) == alone
+    assert pixels_of(server.drawn(seed=7)) == alone
 
 
 def test_health_and_cache_answer_while_it_draws(server: Server) -> None:

@@ -85,8 +85,8 @@ def test_generate_answers_every_field(server: Server, output: Path) -> None:
 
     path = Path(answer["image_path"])
     assert list(output.iterdir()) == [path]
-    assert re.fullmatch(r"user_123_\d{8}_\d{6}_[0-9a-f]{8}\.png", path.name)
-    assert answer["job_id"].endswith(path.stem[-8:])
+    assert re.fullmatch(r"user_123_\d{8}_\d{6}_[0-9a-f]{12}\.png", path.name)
+    assert answer["job_id"].endswith(path.stem[-12:])
     assert path.read_bytes() == png_of(answer)
 
 

@@ -200,6 +200,44 @@ async def test_a_server_that_is_away_is_told_so() -> None:
     await database.close()
 
 
+async def test_a_row_that_stays_locked_is_told_so(
+    migrated_postgresql: str, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
+    with postgresql.database(migrated_postgresql) as name:
+        database = Database(postgresql.url(name))
+
+        async def change() -> None:
+            async with database.transaction() as session:
+                await session.execute(update(Queue).values(virtual_time=1))
+
+        async with database.transaction() as session:
+            await session.execute(update(Queue).values(virtual_time=2))
+            with pytest.raises(DatabaseUnavailable, match="locked"):
+                await change()
+        await change()
+        await database.close()
+
+
+async def test_a_transaction_that_does_nothing_is_ended(
+    migrated_postgresql: str, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.1)
+    with postgresql.database(migrated_postgresql) as name:
+        database = Database(postgresql.url(name))
+
+        async def sleep_in_it() -> None:
+            async with database.transaction() as session:
+                await session.execute(update(Queue).values(virtual_time=2))
+                await asyncio.sleep(0.5)
+
+        with pytest.raises(DatabaseUnavailable):
+            await sleep_in_it()
+        async with database.transaction() as session:
+            assert await session.scalar(select(Queue.virtual_time)) == 0
+        await database.close()
+
+
 async def test_goes_on_once_the_server_is_back(postgresql_programs: Path) -> None:
     with PostgreSQL(postgresql_programs) as server:
         migrate(server.url("postgres"))
