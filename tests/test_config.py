@@ -157,7 +157,7 @@ def test_models_that_are_no_json_are_told_with_their_source(dotenv: Path) -> Non
         ("HOST_CACHE_GB", "nan"),
         ("HOST_CACHE_GB", "-1"),
         ("GPU_CACHE_GB", "inf"),
-        ("MAX_WAITING", "0"),
+        ("MAX_QUEUED", "0"),
         ("HUB_TIMEOUT_SECONDS", "0"),
         ("LOG_LEVEL", "loud"),
         ("USER_MODELS", '{"a": 1}'),

@@ -14,8 +14,10 @@ SMALL = {"prompt": "a knight", "width": 256, "height": 256, "num_inference_steps
 @pytest.fixture
 def client(base_folder: Path, tmp_path: Path) -> Iterator[TestClient]:
     model = builders.copy_of(base_folder, tmp_path / "модели" / "ада")
-    settings = builders.settings({"default": builders.source(model)}, output_dir=tmp_path / "out")
-    with TestClient(create_app(settings)) as client:
+    settings = builders.settings(
+        {"default": builders.source(model)}, output_dir=tmp_path / "out", data_dir=tmp_path / "data"
+    )
+    with TestClient(create_app(settings), base_url="http://localhost", client=("127.0.0.1", 1)) as client:
         yield client
 
 
@@ -29,7 +31,11 @@ def test_a_prompt_that_was_cut_is_told_in_a_header_without_its_words(client: Tes
     assert "X-Warning" not in client.post("/generate/image", json=SMALL).headers
     long = "画 zebra finch " * 60
     answer = client.post("/generate/image", json={**SMALL, "prompt": long, "negative_prompt": long})
-    assert answer.headers["X-Warning"] == "too long to be read whole: prompt, negative_prompt"
+    assert "too long to be read whole" in answer.headers["X-Warning"]
+    assert "zebra" not in str(answer.headers)
+    [prompt, negative_prompt] = client.get(f"/jobs/{answer.headers['X-Job-Id']}").json()["warnings"]
+    assert prompt.startswith("The prompt is too long")
+    assert negative_prompt.startswith("The negative prompt is too long")
 
 
 def test_the_root_leads_to_the_docs(client: TestClient) -> None:
