@@ -1,0 +1,64 @@
+"""Workers that stand still for longer than their lease, and workers whose clock is wrong."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.stage import Stage, eventually
+
+pytestmark = pytest.mark.anyio
+
+
+def stands_still(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="here nobody tells which processes stand still")
+@pytest.mark.parametrize("point", ["claimed", "drawing", "drawn", "saved", "publishing"])
+async def test_a_worker_that_wakes_up_late_writes_nothing(stage: Stage, point: str) -> None:
+    if point == "publishing" and stage.url.startswith("sqlite"):
+        pytest.skip("whoever stands still in the middle of a transaction holds SQLite's one lock, until it ends")
+    job_id = await stage.submit(f"stop-{point}")
+    sleeper = stage.worker(faults={"IDLE_SECONDS": 3.0})
+
+    async def sleeps() -> bool:
+        return stands_still(sleeper)
+
+    await eventually(sleeps, bool, stage)
+    rescuer = stage.worker()
+    job = await stage.until(job_id, "succeeded")
+    assert (job.attempt, job.crashes) == (2, 1)
+    before = await stage.everything()
+    os.kill(sleeper, signal.SIGCONT)
+
+    async def has_noticed() -> bool:
+        return "lease_lost" in stage.log
+
+    await eventually(has_noticed, bool, stage)
+    assert await stage.everything() == before
+    os.kill(rescuer, signal.SIGTERM)
+    assert await stage.end_of(rescuer) == 0
+    again = await stage.submit(seed=2)  # which the sleeper draws
+    await stage.until(again, "succeeded")
+    await stage.check([job_id, again])
+
+
+async def test_clocks_that_differ_by_hours_change_nothing(stage: Stage) -> None:
+    hour = 3600
+    workers = [stage.worker(faults={"clock": shift}, lease_seconds=10) for shift in (hour, -hour)]
+    ids = [await stage.submit(seed=seed, user_id=("ada", "bo")[seed % 2]) for seed in range(8)]
+    for job_id in ids:
+        await stage.until(job_id, "succeeded")
+    for job in await stage.jobs(*ids):
+        assert (job.attempt, job.crashes) == (1, 0)
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+        assert await stage.end_of(pid) == 0
+    killer = await stage.submit("kill-drawing")
+    slow = stage.worker(faults={"clock": -hour}, lease_seconds=1)
+    assert await stage.end_of(slow) == -signal.SIGKILL
+    stage.worker(faults={"clock": hour}, lease_seconds=1)
+    assert (await stage.until(killer, "succeeded")).attempt == 2
+    await stage.check([*ids, killer])

@@ -1,0 +1,91 @@
+"""SIGTERM: no more jobs from then on, what runs is finished or put back, exit 0; a second signal ends it at once."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+
+import httpx2
+import pytest
+
+from tests.chaos.stage import Stage, eventually
+
+pytestmark = pytest.mark.anyio
+
+CYCLES = int(os.environ.get("CHAOS_KILLS", "50")) // 10
+LONG = 150  # steps
+
+
+async def until_drawing(stage: Stage, job_id: str) -> None:
+    await eventually(lambda: stage.job(job_id), lambda job: job.step > 0, stage)
+
+
+async def test_a_worker_finishes_what_it_has_in_hand(stage: Stage) -> None:
+    pid = stage.worker(faults={"GRACEFUL_SECONDS": 300.0})
+    ids = [await stage.submit(num_inference_steps=20), await stage.submit()]
+    await until_drawing(stage, ids[0])
+    os.kill(pid, signal.SIGTERM)
+    assert await stage.end_of(pid) == 0
+    first, second = await stage.jobs(*ids)
+    assert (first.status, second.status) == ("succeeded", "queued")
+    await stage.check(ids[:1])
+
+
+async def test_a_worker_puts_back_what_takes_too_long(stage: Stage) -> None:
+    pid = stage.worker(faults={"GRACEFUL_SECONDS": 0.1})
+    job_id = await stage.submit(num_inference_steps=LONG)
+    await until_drawing(stage, job_id)
+    os.kill(pid, signal.SIGTERM)
+    assert await stage.end_of(pid) == 0
+    job = await stage.job(job_id)
+    assert (job.status, job.crashes, job.token, job.error_code) == ("queued", 0, None, None)
+
+
+async def test_a_second_signal_ends_a_worker_at_once(stage: Stage) -> None:
+    pid = stage.worker(faults={"GRACEFUL_SECONDS": 300.0})
+    job_id = await stage.submit(num_inference_steps=LONG)
+    await until_drawing(stage, job_id)
+    os.kill(pid, signal.SIGTERM)
+    await asyncio.sleep(0.5)
+    assert stage.ended(pid) is None
+    began = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    assert await stage.end_of(pid) not in (0, -signal.SIGKILL)
+    assert time.monotonic() - began < 5
+    assert (await stage.job(job_id)).status == "running"  # until its lease lapses
+
+
+async def test_workers_may_come_and_go_all_the_time(stage: Stage) -> None:
+    chance = random.Random(1)
+    ids = [await stage.submit(seed=seed) for seed in range(CYCLES)]
+    for _ in range(CYCLES):
+        pid = stage.worker(faults={"GRACEFUL_SECONDS": 0.2}, lease_seconds=30)
+        await asyncio.sleep(chance.uniform(0, 2))
+        os.kill(pid, signal.SIGTERM)
+        assert await stage.end_of(pid) == 0
+    stage.worker(lease_seconds=30)
+    for job_id in ids:
+        await stage.until(job_id, "succeeded")
+    assert {job.crashes for job in await stage.jobs(*ids)} == {0}  # every one was finished or put back
+    await stage.check(ids)
+
+
+async def test_a_server_is_not_ready_from_the_moment_it_is_told(stage: Stage) -> None:
+    pid, client = stage.server(workers=1, faults={"GRACEFUL_SECONDS": 2.0})
+    async with client:
+        await stage.up(client)
+        job_id = await stage.submit(num_inference_steps=LONG)
+        await until_drawing(stage, job_id)
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 1.0
+        while True:
+            try:
+                if (await client.get("/health/ready")).status_code == 503:
+                    break
+            except httpx2.TransportError:
+                break  # it does not even listen
+            assert time.monotonic() < deadline, "still ready"
+    assert await stage.end_of(pid) == 0
+    assert (await stage.job(job_id)).status == "queued"
+    assert "Traceback" not in stage.log

@@ -1,0 +1,223 @@
+"""Starts `sitter` processes that die, stop or stumble where a test wants them to.
+
+One process imports everything once and forks the others from there. It is told what to do by lines of JSON on stdin:
+`{"args": [...], "env": {...}, "log": path, "faults": {...}}` starts one and answers its pid, `{"reap": true}` answers
+`[[pid, exit code], …]` of those that have ended. What is replaced in them is replaced here: the product has no hooks.
+
+A job says itself where its worker is to fail, by its tags: `kill-drawing`, `stop-saved`, …. Each happens once, in the
+order of the tags; a file in `marks` tells that it did.
+"""
+
+import datetime as real_datetime
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import api.engine.engine
+from api import cli, serving, wiring
+from api.domain import generate, jobs, worker
+from api.domain.wake import Wake
+from api.store import database, files, tables
+
+POINTS = ("claimed", "drawing", "drawn", "part", "saved", "publishing", "published")
+"""After the claim, in the middle of the steps, with pictures in memory, with half a file, with whole files, with rows
+that are not committed, and with everything done."""
+
+assert api.engine.engine
+
+
+def fill_disk() -> None:
+    """Leaves no byte on the disk of the pictures."""
+    folder = Path(os.environ["OUTPUT_DIR"]).parent
+    with (folder / BALLAST).open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+BALLAST = "ballast"
+ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "fill": fill_disk,
+}
+
+
+class Faults:
+    """Fails at the points that a job's tags name. For workers with one job in hand at a time."""
+
+    def __init__(self, marks: Path) -> None:
+        self._marks = marks
+        self._job: tables.Request | None = None
+
+    def at(self, point: str) -> None:
+        job = self._job
+        assert job is not None
+        for number, tag in enumerate(job.tags):
+            how, _, where = tag.partition("-")
+            mark = self._marks / f"{job.id}-{number}-{tag}"
+            if how not in ACTIONS or mark.exists():
+                continue
+            if where == point:
+                with suppress(FileExistsError):  # another worker was sooner, which took this one for dead
+                    mark.touch(exist_ok=False)
+                    ACTIONS[how]()
+            return
+
+    def install(self) -> None:
+        claim, on_step, draw, save = jobs.claim, worker._InHand.on_step, generate.draw, generate.save
+        sync, end, publish = os.fsync, jobs._end, jobs.publish
+
+        async def claim_then(*args: Any) -> Any:
+            got = await claim(*args)
+            if got is not None:
+                self._job = got.job
+                self.at("claimed")
+            return got
+
+        def on_step_then(job: Any, step: Any) -> None:
+            on_step(job, step)
+            self.at("drawing")
+
+        async def draw_then(*args: Any) -> Any:
+            drawn = await draw(*args)
+            self.at("drawn")
+            return drawn
+
+        def sync_then(handle: int) -> None:
+            sync(handle)
+            self.at("part")
+
+        async def save_then(*args: Any) -> Any:
+            finished = await save(*args)
+            self.at("saved")
+            return finished
+
+        async def end_then(*args: Any, **values: Any) -> bool:
+            ended = await end(*args, **values)
+            self.at("publishing")
+            return ended
+
+        async def publish_then(*args: Any) -> bool:
+            published = await publish(*args)
+            if published:
+                self.at("published")
+            return published
+
+        replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+            (jobs, "claim", claim_then),
+            (worker._InHand, "on_step", on_step_then),
+            (worker, "draw", draw_then),
+            (files, "os", SimpleNamespace(**{**vars(os), "fsync": sync_then})),  # type: ignore[list-item]
+            (worker, "save", save_then),
+            (jobs, "_end", end_then),
+            (jobs, "publish", publish_then),
+        ]
+        for where, name, what in replaced:
+            setattr(where, name, what)
+
+
+def shift_clock(seconds: float) -> None:
+    """Makes this process believe that it is `seconds` later."""
+    real = time.time
+
+    class Shifted(real_datetime.datetime):
+        @classmethod
+        def now(cls, tz: real_datetime.tzinfo | None = None) -> "Shifted":
+            return cls.fromtimestamp(time.time(), tz)
+
+    time.time = lambda: real() + seconds
+    time.time_ns = lambda: int(time.time() * 1e9)
+    setattr(tables, "datetime", Shifted)  # noqa: B010
+
+
+def die_before_answering() -> None:
+    """Kills the server when it has accepted a job, before anybody is told. For servers that draw nothing."""
+
+    def wake_never(self: Wake, topic: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Wake.wake = wake_never  # type: ignore[method-assign]
+
+
+def run(order: dict[str, Any]) -> int:
+    """Runs `sitter` in this process, with the faults of `order`, and returns its exit code."""
+    os.environ.update(order["env"])
+    faults = order["faults"]
+    if marks := faults.get("marks"):
+        Faults(Path(marks)).install()
+    constants: list[tuple[ModuleType, str]] = [
+        (jobs, "MAX_CRASHES"),
+        (database, "IDLE_SECONDS"),
+        (wiring, "GRACEFUL_SECONDS"),
+        (serving, "GRACEFUL_SECONDS"),
+    ]
+    for module, name in constants:
+        setattr(module, name, faults.get(name, getattr(module, name)))
+    if shift := faults.get("clock"):
+        shift_clock(shift)
+    if faults.get("die_before_answering"):
+        die_before_answering()
+    worker.FULL_DISK_SECONDS = 0.5
+    try:
+        cli.app(order["args"])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def fork(order: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for handle, stream in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(handle, stream)
+        code = run(order)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def reap(alive: set[int]) -> list[tuple[int, int]]:
+    """Returns which processes ended since it was asked last, and how."""
+    ended = []
+    for pid in list(alive):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            alive.remove(pid)
+            ended.append((pid, os.waitstatus_to_exitcode(status)))
+    return ended
+
+
+def serve() -> None:
+    alive: set[int] = set()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "reap" in order:
+            print(json.dumps(reap(alive)), flush=True)
+        else:
+            pid = fork(order)
+            alive.add(pid)
+            print(pid, flush=True)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve()
