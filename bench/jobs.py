@@ -1,7 +1,9 @@
 """What the queue costs: jobs accepted per second over HTTP, and what a job adds to the bare drawing."""
 
 import asyncio
+import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -70,10 +72,7 @@ class _Offered:
 
 async def _offered(queued: int) -> _Offered:
     """Sends RATE posts a second for SECONDS, on a clock of their own: a slow answer holds no other back."""
-    async with _serving(workers=0 if queued else 2) as (service, client):
-        for start in range(0, queued, 500):
-            orders = (Order(SMALL, f"user{i % USERS}") for i in range(start, start + 500))
-            await asyncio.gather(*(service.desk.submit(order) for order in orders))
+    async with _serving(queued) as client:
         latencies: list[float] = []
 
         async def post(number: int) -> None:
@@ -95,29 +94,42 @@ async def _offered(queued: int) -> _Offered:
 
 
 @asynccontextmanager
-async def _serving(workers: int) -> AsyncIterator[tuple[Service, httpx2.AsyncClient]]:
-    """A server in this process, over a database of its own, whose models answer at once."""
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        settings = _settings(Path(folder), workers)
-        app = create_app(settings, _AtOnce)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
-        serving = asyncio.create_task(server.serve())
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.05)
-        port = server.servers[0].sockets[0].getsockname()[1]
+async def _serving(queued: int) -> AsyncIterator[httpx2.AsyncClient]:
+    """A server as a process of its own, over a database with `queued` jobs, whose models answer at once."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder = Path(name)
+        async with open_service(_settings(folder), make_models=_AtOnce) as service:
+            for start in range(0, queued, 500):
+                orders = (Order(SMALL, f"user{i % USERS}") for i in range(start, start + 500))
+                await asyncio.gather(*(service.desk.submit(order) for order in orders))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        workers = "0" if queued else "2"
+        server = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.jobs", name, workers, port)
         try:
             async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                yield app.state.service, client
+                await _until_it_answers(client)
+                yield client
         finally:
-            server.should_exit = True
-            await serving
+            server.terminate()
+            await server.wait()
+
+
+async def _until_it_answers(client: httpx2.AsyncClient) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await client.get("/health")
+            except httpx2.ConnectError:
+                await asyncio.sleep(0.1)
+            else:
+                return
 
 
 async def _overhead() -> Figure:
     """Seconds of a job over the same call to the models alone, both answering at once."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        settings = _settings(Path(folder), workers=2)
-        async with open_service(settings, make_models=_AtOnce) as service, working(service, 2):
+        async with open_service(_settings(Path(folder)), make_models=_AtOnce) as service, working(service, 2):
             spent = []
             for _ in range(60):
                 began = time.perf_counter()
@@ -133,7 +145,7 @@ async def _ended(service: Service, job_id: str) -> bool:
         return (await session.get_one(Request, job_id)).status == "succeeded"
 
 
-def _settings(folder: Path, workers: int) -> Settings:
+def _settings(folder: Path, workers: int = 2) -> Settings:
     given: dict[str, Any] = {
         "data_dir": folder / "data",
         "output_dir": folder / "output",
@@ -143,3 +155,13 @@ def _settings(folder: Path, workers: int) -> Settings:
         "log_level": "error",
     }
     return Settings(_env_file=None, **given)
+
+
+def main(folder: str, workers: str, port: str) -> None:
+    """Serves jobs that are drawn at once."""
+    app = create_app(_settings(Path(folder), int(workers)), _AtOnce)
+    uvicorn.run(app, port=int(port), log_level="warning")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

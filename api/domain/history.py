@@ -14,6 +14,7 @@ from api.store.tables import Image, Request, Status, Usage
 
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 POLL_SECONDS = 1.0  # how often a job of another process is looked at
+FARTHEST = 500  # places in the queue that are told
 RECENT = 20  # jobs whose pace an estimate is made from
 
 
@@ -83,8 +84,11 @@ async def _pace(session: AsyncSession) -> float | None:
     return float(seconds) / float(work) if work else None
 
 
-async def _place(session: AsyncSession, job: Request) -> tuple[int | None, int]:
-    """Returns the job's place in the queue (1 is next, None when it does not wait) and the work before it."""
+async def _place(session: AsyncSession, job: Request) -> tuple[int | None, int | None]:
+    """Returns the job's place in the queue and the work before it.
+
+    1 is next; None where it does not wait, or stands behind more than FARTHEST: who looks must not count them all.
+    """
     if job.status != "queued":
         return None, 0
     sooner = or_(
@@ -97,14 +101,17 @@ async def _place(session: AsyncSession, job: Request) -> tuple[int | None, int]:
             ),
         ),
     )
-    ahead = select(func.count(), func.coalesce(func.sum(Request.work), 0)).where(QUEUED, sooner)
-    count, work = (await session.execute(ahead)).one()
+    ahead = select(Request.work).where(QUEUED, sooner).limit(FARTHEST + 1).subquery()
+    counted = select(func.count(), func.coalesce(func.sum(ahead.c.work), 0)).select_from(ahead)
+    count, work = (await session.execute(counted)).one()
+    if count > FARTHEST:
+        return None, None
     running = await session.scalar(select(func.sum(Request.work)).where(RUNNING))
     return int(count) + 1, int(work) + int(running or 0)
 
 
-def _eta(job: Request, ahead: int, pace: float | None) -> float | None:
-    if pace is None or job.status in ENDED:
+def _eta(job: Request, ahead: int | None, pace: float | None) -> float | None:
+    if pace is None or ahead is None or job.status in ENDED:
         return None
     left = job.work
     if job.status == "running" and job.step_count:

@@ -99,10 +99,11 @@ class Desk:
         """Writes every order that may be accepted, or none. The answers are given after the commit."""
         answers: list[tuple[_Waiting, Request | SitterError]] = []
         async with self._database.transaction() as session:
+            line = await _line(session)
             # By user: two processes then lock the users' rows in the same order.
             for waiting in sorted(batch, key=lambda waiting: waiting.order.user_id):
                 try:
-                    answers.append((waiting, await self._accept(session, waiting.order)))
+                    answers.append((waiting, await self._accept(session, line, waiting.order)))
                 except SitterError as refusal:
                     answers.append((waiting, refusal))
         for waiting, answer in answers:
@@ -112,19 +113,19 @@ class Desk:
                 waiting.job.set_result(answer)
         self._wake.wake(Wake.QUEUE)
 
-    async def _accept(self, session: AsyncSession, order: Order) -> Request:
+    async def _accept(self, session: AsyncSession, line: _Line, order: Order) -> Request:
         body = repr((order.request.model_dump_json(), order.sensitive, order.tags, order.category, order.webhook_url))
         if order.idempotency_key and (known := await _known(session, order)):
             if not self._vault.matches(known.body_hash, body.encode()):
                 raise KeyReused("this Idempotency-Key was used for another request")
             return known
-        user, virtual_time, queued = await self._stand(session, order.user_id)
-        if queued >= self._settings.max_queued:
-            raise Busy(f"{queued} jobs are waiting already")
+        user = await self._hold(session, order.user_id)
+        if line.queued >= self._settings.max_queued:
+            raise Busy(f"{line.queued} jobs are waiting already")
         request = order.request
         steps = request.num_images * request.num_inference_steps
         await quota.check(session, user, self._settings, images=request.num_images, steps=steps)
-        start_tag = max(virtual_time, user.finish_tag)
+        start_tag = max(line.virtual_time, user.finish_tag)
         user.finish_tag = start_tag + work(request)
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
         sensitive = order.sensitive or self._settings.sensitive_prompts
@@ -149,24 +150,34 @@ class Desk:
         )
         session.add(job)
         await session.flush()
+        line.queued += 1
         return job
 
-    async def _stand(self, session: AsyncSession, user_id: str) -> tuple[User, int, int]:
-        """Returns the user, whose row is held from here on, the queue's virtual time and how many jobs wait.
-
-        Two requests at once cannot both take a user's last place.
-        """
-        waiting = select(func.count()).where(QUEUED).scalar_subquery()
-        stand = select(User, select(Queue.virtual_time).scalar_subquery(), waiting).where(User.id == user_id)
-        row = (await session.execute(stand.with_for_update(of=User))).first()
-        if row is None and self._settings.auth == "open":
+    async def _hold(self, session: AsyncSession, user_id: str) -> User:
+        """Returns the user, whose row is held from here on: two requests at once cannot both take the last place."""
+        held = select(User).where(User.id == user_id).with_for_update()
+        user = await session.scalar(held)
+        if user is None and self._settings.auth == "open":
             await quota.ensure_user(session, user_id)
-            row = (await session.execute(stand.with_for_update(of=User))).first()
-        if row is None:
+            user = await session.scalar(held)
+        if user is None:
             raise NotFound(f"there is no user {user_id}")
-        if row[0].disabled:
+        if user.disabled:
             raise NotAuthenticated("this user is disabled")
-        return row[0], row[1], row[2]
+        return user
+
+
+@dataclass
+class _Line:
+    """The queue as a transaction finds it, and as it makes it longer."""
+
+    virtual_time: int
+    queued: int
+
+
+async def _line(session: AsyncSession) -> _Line:
+    queued = select(func.count()).where(QUEUED).scalar_subquery()
+    return _Line(*(await session.execute(select(Queue.virtual_time, queued))).one())
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Job(BaseModel):
     phase: str | None = Field(description="While it runs: `loading` or `drawing`.", examples=["drawing"])
     step: int = Field(description="Denoising steps done.", examples=[12])
     steps: int = Field(description="Denoising steps in all; 0 until drawing begins.", examples=[30])
-    position: int | None = Field(description="While it waits: 1 is next.", examples=[None])
+    position: int | None = Field(description="While it waits: 1 is next; null from the 500th on.", examples=[None])
     eta_seconds: float | None = Field(
         description="Seconds until it is done, by what recent jobs took; null when unknown.", examples=[2.1]
     )
