@@ -88,8 +88,8 @@ def test_ctrl_c_ends_sitter_serve(tmp_path: Path) -> None:
         assert serving.log.rstrip().endswith("Stopped.")
 
 
-def test_a_second_ctrl_c_ends_it_in_the_middle_of_a_drawing(models: Path, tmp_path: Path) -> None:
-    with Server(tmp_path, {"bo": str(models / "one")}) as serving, ThreadPoolExecutor(1) as pool:
+def test_a_second_ctrl_c_ends_it_in_the_middle_of_a_drawing(tmp_path: Path) -> None:
+    with Server(tmp_path) as serving, ThreadPoolExecutor(1) as pool:
         drawing = long_drawing(pool, serving)
         serving.signal(signal.SIGINT)
         while "Ctrl-C again stops now" not in serving.log:
