@@ -4,6 +4,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 # More arguments for the program of a target: make test ARGS="-k floors"
 ARGS  ?=
+# How many workers `make chaos` kills on each database.
+KILLS ?= 500
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -18,7 +20,7 @@ PIP   := python -m pip --disable-pip-version-check
 TORCH  = $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench demo-model lock clean
+.PHONY: help setup run test chaos lint bench demo-model lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +32,9 @@ run: $(VENV)/setup.stamp ## start the service (HOST, PORT and every other settin
 
 test: $(VENV)/dev.stamp ## run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/dev.stamp ## kill, stop and starve workers far longer than `make test` does (KILLS=500 on each database)
+	CHAOS_KILLS=$(KILLS) $(BIN)/python -m pytest tests/chaos $(ARGS)
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check

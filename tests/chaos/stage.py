@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 300.0  # until something that never happens fails the test
 LEASE_SECONDS = 1.0
+KILLS = int(os.environ.get("CHAOS_KILLS", "25"))  # on each kind of database; `make chaos` has more
+CALM_ENDS = {0, -signal.SIGTERM}  # of a process that was told to end: the second before it began
 
 
 class Zygote:

@@ -9,11 +9,11 @@ import time
 import httpx2
 import pytest
 
-from tests.chaos.stage import Stage, eventually
+from tests.chaos.stage import CALM_ENDS, KILLS, Stage, eventually
 
 pytestmark = pytest.mark.anyio
 
-CYCLES = int(os.environ.get("CHAOS_KILLS", "50")) // 10
+CYCLES = KILLS // 5
 LONG = 150  # steps
 
 
@@ -63,7 +63,7 @@ async def test_workers_may_come_and_go_all_the_time(stage: Stage) -> None:
         pid = stage.worker(faults={"GRACEFUL_SECONDS": 0.2}, lease_seconds=30)
         await asyncio.sleep(chance.uniform(0, 2))
         os.kill(pid, signal.SIGTERM)
-        assert await stage.end_of(pid) == 0
+        assert await stage.end_of(pid) in CALM_ENDS, stage.log
     stage.worker(lease_seconds=30)
     for job_id in ids:
         await stage.until(job_id, "succeeded")
