@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 import time
+from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, cast
@@ -24,7 +25,7 @@ from api.errors import SitterError, StorageUnavailable
 from api.model_service import ModelService
 from api.schemas import CacheResponse, GenerateRequest, Scheduler
 from api.store.files import PictureFolder
-from api.wiring import Service, migrate_database, open_models, open_service, working
+from api.wiring import migrate_database, open_models, open_service, working
 
 app = typer.Typer(
     help="Draws people from their own fine-tuned models.",
@@ -105,29 +106,35 @@ def generate(
 
 @app.command()
 def worker(
-    jobs: Annotated[int, typer.Option(help="Jobs in hand at once.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Jobs in hand at once.")] = 2,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of 127.0.0.1 where Prometheus reads what it counts.")
+    ] = None,
 ) -> None:
     """Draw the jobs of the database, beside a server started with WORKERS=0 or on another machine."""
     with errors_for_people():
         settings = load_settings()
-        asyncio.run(_work(settings, jobs))
+        asyncio.run(_work(settings, jobs, metrics_port))
     to_people.print("Stopped.")
 
 
-async def _work(settings: Settings, jobs: int) -> None:
-    async with open_service(settings) as service, working(service, jobs):
-        told = asyncio.Event()
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(kind, _end_or_leave, service, told)
+async def _work(settings: Settings, jobs: int, metrics_port: int | None) -> None:
+    told = asyncio.Event()
+    for kind in (signal.SIGTERM, signal.SIGINT):  # first: one may come while the database is brought up to date
+        asyncio.get_running_loop().add_signal_handler(kind, _end_or_leave, told)
+    async with AsyncExitStack() as stack:
+        service = await stack.enter_async_context(open_service(settings))
+        if metrics_port is not None:
+            stack.enter_context(service.metrics.served(metrics_port))
+        await stack.enter_async_context(working(service, jobs))
         to_people.print(f"Drawing up to {jobs} jobs at once. Ctrl-C ends it once they are done.")
         await told.wait()
 
 
-def _end_or_leave(service: Service, told: asyncio.Event) -> None:
+def _end_or_leave(told: asyncio.Event) -> None:
     if told.is_set():
         os._exit(1)  # told twice: at once
-    service.worker.drain()
-    told.set()
+    told.set()  # whoever waits for it leaves `working`, which takes no more jobs from then on
 
 
 @database.command("upgrade")

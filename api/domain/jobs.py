@@ -208,8 +208,11 @@ async def release(database: Database, claim: Claim, reason: SitterError | None =
         return await _put_back(session, _owned(claim.job.id, claim.token), **_reason(reason))
 
 
-async def cancel(database: Database, job_id: str) -> None:
-    """Ends a queued job, and asks the worker of a running one to stop; a finished one stays as it is."""
+async def cancel(database: Database, job_id: str) -> bool:
+    """Ends a queued job, and asks the worker of a running one to stop; a finished one stays as it is.
+
+    Returns whether this ended it.
+    """
     async with database.transaction() as session:
         owner = select(User.id).join(Request, Request.user_id == User.id).where(Request.id == job_id)
         # Requests of this user wait meanwhile: their place depends on those before them.
@@ -220,7 +223,7 @@ async def cancel(database: Database, job_id: str) -> None:
         if row is None:
             running = update(Request).where(Request.id == job_id, RUNNING)
             await session.execute(running.values(cancel_requested=True, revision=Request.revision + 1))
-            return
+            return False
         # What is not drawn does not count: its user's later jobs move up by its work, though not before the present.
         present = await session.scalar(select(Queue.virtual_time)) or 0
         later = update(Request).where(Request.user_id == user_id, QUEUED, Request.start_tag > row.start_tag)
@@ -229,6 +232,7 @@ async def cancel(database: Database, job_id: str) -> None:
             await session.execute(move.where(tag > present).values({tag: moved}))
         if row.webhook_url:
             session.add(Delivery(request_id=job_id))
+    return True
 
 
 @dataclass

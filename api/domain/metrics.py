@@ -1,9 +1,10 @@
 """What is counted for Prometheus. Labels name routes, phases, codes and devices: never a prompt, a user or a key."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Metric, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
@@ -12,7 +13,7 @@ from sqlalchemy import func, select, text
 
 from api import __version__
 from api.domain.jobs import QUEUED
-from api.errors import DatabaseUnavailable
+from api.errors import DatabaseUnavailable, SettingsError
 from api.model_service import ModelService
 from api.schemas import Timings
 from api.store.database import Database
@@ -101,6 +102,24 @@ class Metrics:
         """Returns everything that was counted, and how it stands, as `accept` wants it: bytes and their media type."""
         encode, media_type = choose_encoder(accept)
         return encode(_Page(self.registry, ready, queue)), media_type
+
+    @contextmanager
+    def served(self, port: int) -> Iterator[None]:
+        """Serves everything that was counted on a loopback port inside the block, for a process without routes.
+
+        Raises:
+            SettingsError: the port is taken.
+        """
+        try:
+            server, thread = start_http_server(port, "127.0.0.1", self.registry)
+        except OSError as error:
+            raise SettingsError(f"port {port} cannot be had for the metrics: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
 @dataclass(frozen=True)

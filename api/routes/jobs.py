@@ -148,7 +148,8 @@ async def show_job(seen: SeenDep, service: ServiceDep, caller: CallerDep) -> Job
 )
 async def cancel_job(seen: SeenDep, service: ServiceDep, caller: CallerDep) -> Job:
     """Cancels a job: at once while it waits, within a step while it is drawn. An ended job stays as it is."""
-    await jobs.cancel(service.database, seen.job.id)
+    if await jobs.cancel(service.database, seen.job.id):
+        service.metrics.job_ended("cancelled")
     service.wake.wake(seen.job.id)
     service.wake.wake(BEAT)
     return describe(await history.find(service.database, caller, seen.job.id), service, caller)

@@ -147,9 +147,14 @@ class Stage:
 
         await eventually(ask, lambda got: got == status, self)
 
-    def worker(self, faults: dict[str, Any] | None = None, lease_seconds: float = LEASE_SECONDS) -> int:
+    def worker(
+        self,
+        faults: dict[str, Any] | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        more: tuple[str, ...] = (),
+    ) -> int:
         """Starts `sitter worker` with one job in hand at a time."""
-        return self.start("worker", "--jobs", "1", faults=faults, lease_seconds=lease_seconds)
+        return self.start("worker", "--jobs", "1", *more, faults=faults, lease_seconds=lease_seconds)
 
     def ended(self, pid: int) -> int | None:
         return self._zygote.ended(pid)

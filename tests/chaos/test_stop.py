@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from tests.chaos.stage import CALM_ENDS, KILLS, Stage, eventually
+from tests.e2e.server import free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +31,24 @@ async def test_a_worker_finishes_what_it_has_in_hand(stage: Stage) -> None:
     first, second = await stage.jobs(*ids)
     assert (first.status, second.status) == ("succeeded", "queued")
     await stage.check(ids[:1])
+
+
+async def test_a_worker_tells_prometheus_what_it_does(stage: Stage) -> None:
+    port = free_port()
+    pid = stage.worker(more=("--metrics-port", str(port)))
+    job_id = await stage.submit(num_images=2)
+    await stage.until(job_id, "succeeded")
+    async with httpx2.AsyncClient() as client:
+
+        async def page_now() -> str:
+            return (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+
+        ended = 'sitter_jobs_ended_total{code="",status="succeeded"} 1.0'
+        page = await eventually(page_now, lambda text: ended in text, stage)
+    assert "sitter_steps_total 4.0" in page
+    assert "sitter_model_cache_models 1.0" in page
+    os.kill(pid, signal.SIGTERM)
+    assert await stage.end_of(pid) == 0
 
 
 async def test_a_worker_puts_back_what_takes_too_long(stage: Stage) -> None:

@@ -223,10 +223,10 @@ async def test_a_released_job_stands_where_it_stood(database: Database) -> None:
 
 async def test_a_waiting_job_is_cancelled_at_once(database: Database) -> None:
     job_id = await enqueue(database, "ada", webhook_url=HOOK)
-    await jobs.cancel(database, job_id)
+    assert await jobs.cancel(database, job_id)
     assert (await look(database, job_id)).status == "cancelled"
     assert await take(database) is None
-    await jobs.cancel(database, job_id)
+    assert not await jobs.cancel(database, job_id)
     assert await count(database, Delivery) == 1
 
 

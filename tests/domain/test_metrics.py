@@ -1,10 +1,11 @@
 from datetime import timedelta
 
+import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api.domain.metrics import Metrics, QueueState, queue_state
-from api.errors import DatabaseUnavailable
+from api.errors import DatabaseUnavailable, SettingsError
 from api.model_service import ModelService
 from api.store.database import Database
 from api.store.tables import now
@@ -79,6 +80,19 @@ def test_speaks_openmetrics_to_whom_wants_it() -> None:
     assert media_type.startswith("application/openmetrics-text")
     assert page.endswith(b"# EOF\n")
     assert b"sitter_ready 0.0" in page
+
+
+def test_a_worker_serves_them_on_a_port_of_its_own() -> None:
+    metrics, port = Metrics(), free_port()
+    metrics.steps(4)
+    with metrics.served(port):
+        page = httpx2.get(f"http://127.0.0.1:{port}/metrics")
+        with pytest.raises(SettingsError, match=str(port)), Metrics().served(port):
+            pass
+    assert page.headers["Content-Type"].startswith("text/plain")
+    assert "sitter_steps_total 4.0" in page.text
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"http://127.0.0.1:{port}/metrics")
 
 
 @pytest.mark.anyio
