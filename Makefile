@@ -30,8 +30,8 @@ setup: $(VENV)/setup.stamp ## create .venv and install what the service needs
 run: $(VENV)/setup.stamp ## start the service (HOST, PORT and every other setting come from the environment)
 	@exec $(BIN)/sitter serve $(ARGS)
 
-test: $(VENV)/dev.stamp ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp ## run every test but those that kill workers for minutes, see chaos
+	$(BIN)/python -m pytest --ignore=tests/chaos $(ARGS)
 
 chaos: $(VENV)/dev.stamp ## kill, stop and starve workers far longer than `make test` does (KILLS=500 on each database)
 	CHAOS_KILLS=$(KILLS) $(BIN)/python -m pytest tests/chaos $(ARGS)

@@ -178,8 +178,8 @@ async def follow_job(
         if job.revision != sent or seen.position != place:
             yield ServerSentEvent(event=_event(seen), data=describe(seen, service, caller), id=str(job.revision))
             sent, place = job.revision, seen.position
-        if job.status in ENDED:
-            return
+        if job.status in ENDED or service.worker.draining:
+            return  # who follows a job of a server that stops comes back with Last-Event-ID
         if job.preview_step > preview_step and (jpeg := await history.preview(service.database, job.id)):
             preview_step = job.preview_step
             data = {"step": preview_step, "jpeg": base64.b64encode(jpeg).decode()}

@@ -7,7 +7,8 @@ from pydantic import BaseModel, Field
 
 from api.schemas import ErrorResponse, GenerateRequest
 
-Tag = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S(.*\S)?$")]
+PLAIN = r"^[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?$"  # no control characters, no space around it
+Tag = Annotated[str, Field(min_length=1, max_length=64, pattern=PLAIN)]
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
