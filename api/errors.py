@@ -190,6 +190,14 @@ class DatabaseUnavailable(SitterError):
     retry_after_seconds = 5
 
 
+class Contended(DatabaseUnavailable):
+    """Two writers waited for each other, and the database undid what this one had begun."""
+
+    code = "database_contended"
+    hint = "Send it again."
+    retry_after_seconds = 1
+
+
 class NotReady(SitterError):
     """The server should be sent no requests now; the detail says why."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import psutil
 import psycopg
 from psycopg import sql
 
@@ -99,6 +100,19 @@ class PostgreSQL:
         process, self._process = self._process, None
         if process is not None:
             process.communicate(f"{how}\n", timeout=PATIENCE_SECONDS)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stops every process of the server for the block, without a word to its clients."""
+        assert self._process is not None
+        processes = psutil.Process(self._process.pid).children(recursive=True)
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     @contextmanager
     def database(self, template: str = "template0") -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from api.domain.jobs import Finished
-from api.domain.library import searchable
+from api.domain.library import delete_files, searchable
 from api.domain.png_text import describe, with_text
 from api.domain.submit import request_of
 from api.model_service import Generation, ModelService
@@ -75,7 +75,7 @@ def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
         png = plain
         if not job.sensitive:
             png = with_text(plain, describe(request, generation.model_id, seed, job.id))
-        path = studio.pictures.save(picture_name(job, position), png)
+        path = studio.pictures.save(picture_name(job, job.attempt, position), png)
         images.append(
             Image(
                 request_id=job.id,
@@ -101,7 +101,17 @@ def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
     return Finished(images, generation.model_id, generation.cache_hit, timings, warnings, drawn.seconds)
 
 
-def picture_name(job: Request, position: int) -> str:
-    """Returns the file name of a job's picture: the same whenever the job runs, and nobody else's."""
+async def forget_earlier_attempts(studio: Studio, job: Request) -> None:
+    """Removes what the attempts at `job` before this one may have saved and could not publish."""
+    for attempt in range(1, job.attempt):
+        await delete_files(studio.pictures, [picture_name(job, attempt, place) for place in range(job.images)])
+
+
+def picture_name(job: Request, attempt: int, position: int) -> str:
+    """Returns the file name of a picture, which no other job has.
+
+    Each attempt has its own: a worker that wakes up late must not write over what another has published.
+    """
+    again = f"r{attempt}" if attempt > 1 else ""
     number = f"_{position + 1}" if position else ""
-    return f"{job.user_id}_{job.created_at:%Y%m%d_%H%M%S}_{job.id[-12:]}{number}.png"
+    return f"{job.user_id}_{job.created_at:%Y%m%d_%H%M%S}_{job.id[-12:]}{again}{number}.png"

@@ -8,7 +8,7 @@ still for a lease on the watchman's own monotonic clock: no wall clock is compar
 import math
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,11 @@ class Finished:
     seconds: float
 
 
+def charge(priority: int, work: int) -> int:
+    """Returns what of a job's work its user's next jobs wait for: nothing of one that goes before everybody's turn."""
+    return 0 if priority > 0 else work
+
+
 async def claim(
     database: Database, worker: str, warm: Collection[str], warm_first_seconds: float, max_running: int
 ) -> Claim | None:
@@ -76,22 +81,23 @@ async def claim(
         await session.execute(select(Queue.id).with_for_update())
         queued = select(Request).where(QUEUED, Request.user_id.not_in(await _users_at_their_cap(session, max_running)))
         take = queued.order_by(*ORDER).limit(1).with_for_update(skip_locked=True)
-        job = await session.scalar(take)
-        if job is None:
+        job = head = await session.scalar(take)
+        if job is None or head is None:
             return None
-        waited = (now() - job.created_at).total_seconds()
+        waited = (now() - head.created_at).total_seconds()
         # Less than nothing says that two clocks differ: nobody is overtaken for that.
-        if job.model_id not in warm and 0 <= waited < warm_first_seconds and warm:
-            overtaking = take.where(Request.model_id.in_(warm), Request.priority == job.priority)
-            job = await session.scalar(overtaking) or job
+        if head.model_id not in warm and 0 <= waited < warm_first_seconds and warm:
+            overtaking = take.where(Request.model_id.in_(warm), Request.priority == head.priority)
+            job = await session.scalar(overtaking) or head
         job.status, job.token, job.worker, job.phase = "running", token, worker, "loading"
         job.attempt += 1
         job.revision += 1
         job.step = job.step_count = job.preview_step = 0
         job.preview = job.error_code = job.error_detail = job.error_hint = None
         job.started_at = now()
+        # By the head: whoever is overtaken is still at the present, and who comes next does not get behind them.
         await session.execute(
-            update(Queue).where(Queue.virtual_time < job.start_tag).values(virtual_time=job.start_tag)
+            update(Queue).where(Queue.virtual_time < head.start_tag).values(virtual_time=head.start_tag)
         )
     return Claim(job, token)
 
@@ -103,14 +109,15 @@ async def _users_at_their_cap(session: AsyncSession, max_running: int) -> list[s
     return [user for user, count, most in caps if most and count >= most]
 
 
-async def beat(database: Database, claims: dict[str, tuple[str, Progress]]) -> tuple[set[str], set[str]]:
-    """Counts heartbeats up and writes progress, in one transaction: job id → (token, progress).
+async def beat(database: Database, claims: Iterable[tuple[Claim, Progress]]) -> tuple[set[str], set[str]]:
+    """Counts heartbeats up and writes progress, in one transaction.
 
-    Returns the ids of jobs that are no longer ours, and of those that shall be cancelled.
+    Returns the tokens of claims that are no longer ours, and of those whose job shall be cancelled.
     """
     lost, cancelled = set(), set()
     async with database.transaction() as session:
-        for job_id, (token, progress) in claims.items():
+        # By id: two workers, of which one has lost a job to the other, then lock the rows in the same order.
+        for claim, progress in sorted(claims, key=lambda pair: pair[0].job.id):
             values: dict[str, Any] = {
                 "heartbeat": Request.heartbeat + 1,
                 "revision": Request.revision + 1,
@@ -120,11 +127,12 @@ async def beat(database: Database, claims: dict[str, tuple[str, Progress]]) -> t
             }
             if progress.preview is not None:
                 values |= {"preview": progress.preview, "preview_step": progress.preview_step}
-            wish = await session.scalar(_owned(job_id, token).values(values).returning(Request.cancel_requested))
+            beaten = _owned(claim.job.id, claim.token).values(values)
+            wish = await session.scalar(beaten.returning(Request.cancel_requested))
             if wish is None:
-                lost.add(job_id)
+                lost.add(claim.token)
             elif wish:
-                cancelled.add(job_id)
+                cancelled.add(claim.token)
     return lost, cancelled
 
 
@@ -219,16 +227,18 @@ async def cancel(database: Database, job_id: str) -> bool:
         user_id = await session.scalar(owner.with_for_update(of=User, key_share=True))
         ended = update(Request).where(Request.id == job_id, QUEUED).values(status="cancelled", **_ENDED)
         ended = ended.values(cancel_requested=True, finished_at=now())
-        row = (await session.execute(ended.returning(Request.start_tag, Request.work, Request.webhook_url))).first()
+        gone = ended.returning(Request.start_tag, Request.work, Request.priority, Request.webhook_url)
+        row = (await session.execute(gone)).first()
         if row is None:
             running = update(Request).where(Request.id == job_id, RUNNING)
             await session.execute(running.values(cancel_requested=True, revision=Request.revision + 1))
             return False
         # What is not drawn does not count: its user's later jobs move up by its work, though not before the present.
+        charged = charge(row.priority, row.work)
         present = await session.scalar(select(Queue.virtual_time)) or 0
         later = update(Request).where(Request.user_id == user_id, QUEUED, Request.start_tag > row.start_tag)
         for move, tag in ((later, Request.start_tag), (update(User).where(User.id == user_id), User.finish_tag)):
-            moved = case((tag - row.work > present, tag - row.work), else_=present)
+            moved = case((tag - charged > present, tag - charged), else_=present)
             await session.execute(move.where(tag > present).values({tag: moved}))
         if row.webhook_url:
             session.add(Delivery(request_id=job_id))
@@ -250,7 +260,7 @@ class Watchman:
     _looked: float = -math.inf
 
     async def look(self, own: Collection[str]) -> list[str]:
-        """Looks once, leaving the jobs in `own` alone; returns the ids of those taken back."""
+        """Looks once, leaving the claims whose tokens are in `own` alone; returns the ids of the jobs taken back."""
         async with self.database.reading() as session:
             running = select(Request.id, Request.token, Request.heartbeat).where(RUNNING)
             rows = (await session.execute(running)).all()
@@ -267,7 +277,7 @@ class Watchman:
         lapsed = [
             (job_id, token, heartbeat)
             for (job_id, token), (heartbeat, since) in seen.items()
-            if job_id not in own and moment - since >= self.lease_seconds
+            if token not in own and moment - since >= self.lease_seconds
         ]
         return [job_id for job_id, token, heartbeat in lapsed if await self._take_back(job_id, token, heartbeat)]
 

@@ -13,9 +13,18 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import Settings
 from api.domain import quota
-from api.domain.jobs import QUEUED
+from api.domain.jobs import QUEUED, charge
 from api.domain.wake import Wake
-from api.errors import Busy, KeyReused, NotAuthenticated, NotFound, SitterError
+from api.errors import (
+    Busy,
+    Contended,
+    DatabaseUnavailable,
+    KeyReused,
+    NotAuthenticated,
+    NotFound,
+    SitterError,
+    StorageFull,
+)
 from api.schemas import GenerateRequest
 from api.store.database import Database
 from api.store.tables import Queue, Request, User
@@ -23,6 +32,7 @@ from api.store.vault import Vault
 
 RANDOM_SEEDS = 2**32
 BATCH = 64  # requests in one transaction
+MOST_WAITING = 2000  # requests that wait for theirs
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,13 @@ class Desk:
         Raises:
             KeyReused: that key came with another body.
             LimitReached: a limit of the user is used up.
-            Busy: the whole queue is full.
+            Busy: the whole queue is full, or too many come at once.
             NotFound: there is no such user.
             NotAuthenticated: the user is disabled.
             DatabaseUnavailable: nothing was accepted.
         """
+        if len(self._waiting) >= MOST_WAITING:
+            raise Busy(f"{MOST_WAITING} requests are being written already")
         waiting = _Waiting(order, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._writer is None or self._writer.done():
@@ -81,10 +93,15 @@ class Desk:
             batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
             try:
                 await self._write(batch)
-            except DBAPIError:
+            except (DBAPIError, Contended):
                 # One spoils it for all, as when another process used its key meanwhile: one by one, then.
                 for waiting in batch:
                     await self._write_alone(waiting)
+            except (DatabaseUnavailable, StorageFull) as error:
+                # Who came meanwhile would wait as long, to hear the same.
+                batch, self._waiting = [*batch, *self._waiting], []
+                for waiting in batch:
+                    _refuse(waiting, error)
             except Exception as error:
                 for waiting in batch:
                     _refuse(waiting, error)
@@ -114,7 +131,8 @@ class Desk:
         self._wake.wake(Wake.QUEUE)
 
     async def _accept(self, session: AsyncSession, line: _Line, order: Order) -> Request:
-        body = repr((order.request.model_dump_json(), order.sensitive, order.tags, order.category, order.webhook_url))
+        said = (order.sensitive, order.tags, order.category, order.priority, order.webhook_url)
+        body = repr((order.request.model_dump_json(), *said))
         if order.idempotency_key and (known := await _known(session, order)):
             if not self._vault.matches(known.body_hash, body.encode()):
                 raise KeyReused("this Idempotency-Key was used for another request")
@@ -126,7 +144,7 @@ class Desk:
         steps = request.num_images * request.num_inference_steps
         await quota.check(session, user, self._settings, images=request.num_images, steps=steps)
         start_tag = max(line.virtual_time, user.finish_tag)
-        user.finish_tag = start_tag + work(request)
+        user.finish_tag = start_tag + charge(order.priority, work(request))
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
         sensitive = order.sensitive or self._settings.sensitive_prompts
         keep = self._vault.seal if sensitive else str

@@ -15,7 +15,7 @@ import structlog
 
 from api.config import Settings
 from api.domain import jobs
-from api.domain.generate import Studio, draw, save
+from api.domain.generate import Studio, draw, forget_earlier_attempts, save
 from api.domain.jobs import Claim, Finished, Progress, Watchman
 from api.domain.metrics import Metrics
 from api.domain.wake import Wake
@@ -33,6 +33,7 @@ PREVIEW_SECONDS = 1.0
 POLL_SECONDS = 1.0  # how often the queue is looked at for jobs of other processes
 FULL_DISK_SECONDS = 5.0  # between tries while the disk is full
 RETRY_SECONDS = 0.5  # between tries while the database is away
+LETTING_GO_SECONDS = 1.0  # how long a job that was told to stop may take to say so
 
 
 class LeaseLost(Exception):
@@ -91,7 +92,7 @@ class Worker:
         self._wake = wake
         self._metrics = metrics
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._in_hand: dict[str, _InHand] = {}
+        self._in_hand: dict[str, _InHand] = {}  # by token: a job may come back while its lost claim is still drawn
         self._running: set[asyncio.Task[None]] = set()
         self._claiming = asyncio.Lock()
         self._draining_since: float | None = None
@@ -104,7 +105,7 @@ class Worker:
 
     @property
     def in_hand(self) -> frozenset[str]:
-        """The ids of the jobs that it draws."""
+        """The tokens of the claims that it draws."""
         return frozenset(self._in_hand)
 
     def drain(self) -> None:
@@ -129,9 +130,20 @@ class Worker:
         if self._running:
             await asyncio.wait(self._running, timeout=left)
         for job in self._in_hand.values():
-            job.stop = ShuttingDown("the server is stopping")
+            job.stop = job.stop or ShuttingDown("the server is stopping")
         if self._running:
-            await asyncio.wait(self._running)
+            await asyncio.wait(self._running, timeout=LETTING_GO_SECONDS)
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Puts back what does not come to a step where it could stop, as a model that loads for minutes."""
+        for job in list(self._in_hand.values()):
+            with _going_on():
+                async with asyncio.timeout(LETTING_GO_SECONDS):
+                    await jobs.release(self._database, job.claim)
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _claim_forever(self, slots: int) -> None:
         free = asyncio.Semaphore(slots)
@@ -165,18 +177,26 @@ class Worker:
         return None
 
     async def _draw(self, claim: Claim) -> None:
-        job = self._in_hand[claim.job.id] = _InHand(claim, self._metrics.steps)
+        job = self._in_hand[claim.token] = _InHand(claim, self._metrics.steps)
         structlog.contextvars.bind_contextvars(job=claim.job.id, attempt=claim.job.attempt)
         self._wake.wake(claim.job.id)
         try:
             with _going_on():  # what could not be ended runs again once its lease has lapsed
-                if not await self._insist(job, await self._outcome(job)):
+                if not await self._end(job) and not isinstance(job.stop, Cancelled):
                     log.warning("lease_lost")
         finally:
-            del self._in_hand[claim.job.id]
+            del self._in_hand[claim.token]
             self._wake.wake(claim.job.id)
             self._wake.wake(Wake.QUEUE)  # a place among its user's running jobs is free
             self._wake.wake(Wake.WEBHOOKS)
+
+    async def _end(self, job: _InHand) -> bool:
+        """Draws and ends the job. Returns False when somebody else did, or will."""
+        try:
+            return await self._insist(job, await self._outcome(job))
+        except Exception as error:
+            # Its end is refused, and would be each time that it is drawn again.
+            return await self._insist(job, partial(self._end_undrawn, job.claim, error))
 
     async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]]:
         """Draws, and returns how the job is to be ended."""
@@ -195,6 +215,7 @@ class Worker:
         published = await jobs.publish(self._database, claim, finished)
         if published:
             self._metrics.job_ended("succeeded", timings=finished.timings, cache_hit=finished.cache_hit)
+            await forget_earlier_attempts(self._studio, claim.job)
         return published
 
     async def _end_undrawn(self, claim: Claim, error: Exception) -> bool:
@@ -241,23 +262,25 @@ class Worker:
                 await self._beat()
 
     async def _beat(self) -> None:
-        claims = {job_id: (job.claim.token, job.report()) for job_id, job in self._in_hand.items()}
-        if not claims:
+        in_hand = list(self._in_hand.values())
+        if not in_hand:
             return
-        lost, cancelled = await jobs.beat(self._database, claims)
-        for job_id, job in self._in_hand.items():
-            if job_id in lost and job_id in claims:
+        lost, cancelled = await jobs.beat(self._database, [(job.claim, job.report()) for job in in_hand])
+        for job in in_hand:
+            if job.claim.token in lost and not isinstance(job.stop, Cancelled):
                 job.stop = LeaseLost()
-            elif job_id in cancelled and job.stop is None:
+            elif job.claim.token in cancelled and job.stop is None:
                 job.stop = Cancelled("it was cancelled")
-            self._wake.wake(job_id)
+                if job.progress.phase == "loading":  # its first step may be minutes away
+                    await self._end_undrawn(job.claim, job.stop)
+            self._wake.wake(job.claim.job.id)
 
     async def _watch_forever(self) -> None:
         watchman = Watchman(self._database, self._settings.lease_seconds)
         while True:
             await asyncio.sleep(self._settings.lease_seconds / 6)
             with _going_on():
-                taken = await watchman.look(self._in_hand)
+                taken = await watchman.look(self.in_hand)
                 self._metrics.lease_lapsed(len(taken))
                 for job_id in taken:
                     log.warning("lease_lapsed", job=job_id)

@@ -14,13 +14,30 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from api.errors import DatabaseUnavailable, SitterError, StorageFull
+from api.errors import Contended, DatabaseUnavailable, SitterError, StorageFull
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-BUSY_SECONDS = 30.0  # how long a writer waits for another process's
+BUSY_SECONDS = 10.0  # how long a writer waits for another
 POOL_SECONDS = 10.0
-IDLE_SECONDS = 30.0  # how long PostgreSQL bears a transaction that does nothing
+LOCKED = "others kept the database locked for too long"
 FOLDER_HINT = "DATA_DIR must be a folder that the server may write to."
+
+
+class _Turn:
+    """SQLite has one writer at a time and makes the others poll: ours take turns in order of arrival instead."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        try:
+            async with asyncio.timeout(BUSY_SECONDS):
+                await self._lock.acquire()
+        except TimeoutError as error:
+            raise DatabaseUnavailable(LOCKED) from error
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class Database:
@@ -46,6 +63,8 @@ class Database:
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
         else:
+            from api.store import postgresql  # its driver is not loaded for SQLite
+
             self._engine = create_async_engine(
                 self.url,
                 pool_size=16,
@@ -53,12 +72,14 @@ class Database:
                 pool_timeout=POOL_SECONDS,
                 pool_pre_ping=True,
                 hide_parameters=True,
-                connect_args={"connect_timeout": int(POOL_SECONDS)},
+                connect_args={
+                    "async_creator_fn": postgresql.Connection.connect,
+                    "connect_timeout": int(POOL_SECONDS),
+                },
             )
-            event.listen(self._engine.sync_engine, "connect", _prepare_postgresql)
+            event.listen(self._engine.sync_engine, "connect", postgresql.prepare)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
-        # SQLite has one writer at a time and makes the others poll: ours take turns in order of arrival instead.
-        self._turn: asyncio.Lock | nullcontext[None] = asyncio.Lock() if self.is_sqlite else nullcontext()
+        self._turn = _Turn() if self.is_sqlite else nullcontext()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -109,7 +130,9 @@ def _our_error(error: BaseException) -> SitterError | None:
     if code in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
         return DatabaseUnavailable("the file is not a database, or is damaged", "Move it away, or restore a copy.")
     if code.startswith("SQLITE_BUSY") or code == "55P03":
-        return DatabaseUnavailable(f"the database was locked for more than {BUSY_SECONDS:g} s")
+        return DatabaseUnavailable(LOCKED)
+    if code in ("40P01", "40001"):
+        return Contended("others wrote to the database at the same moment")
     away = isinstance(error, (OperationalError, InterfaceError, PoolTimeout, ConnectionError))
     if away or (isinstance(error, DBAPIError) and error.connection_invalidated):
         return DatabaseUnavailable("the database does not answer")
@@ -155,15 +178,6 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
-
-
-def _prepare_postgresql(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    # A process that stands still in the middle of a transaction must not hold up the others for good.
-    cursor.execute(f"SET idle_in_transaction_session_timeout = {IDLE_SECONDS * 1000:.0f}")
-    cursor.execute(f"SET lock_timeout = {BUSY_SECONDS * 1000:.0f}")
-    cursor.close()
-    connection.commit()
 
 
 def _begin_sqlite(connection: Any) -> None:

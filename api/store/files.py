@@ -18,8 +18,8 @@ NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # 
 NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}  # fsync, on some network disks
 
 ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
-PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(_\d{{1,2}})?\.png")
-"""What our pictures are called: user, date, time, the end of the job's id, and a number from the second on."""
+PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(r\d+)?(_\d{{1,2}})?\.png")
+"""What our pictures are called: user, date, time, the end of the job's id, which attempt and which picture it is."""
 PART = re.compile(r"\.picture-.+\.part")
 
 

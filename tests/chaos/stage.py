@@ -20,10 +20,12 @@ from PIL import Image as Pixels
 from sqlalchemy import select
 
 from api.config import Settings
+from api.domain.library import sweep
 from api.domain.submit import Desk, Order
 from api.domain.wake import Wake
 from api.schemas import GenerateRequest
 from api.store.database import Database
+from api.store.files import PictureFolder
 from api.store.tables import Image, Request, Usage
 from api.store.vault import load_vault
 from tests import builders
@@ -199,10 +201,11 @@ class Stage:
         return {path.name for path in self.output.glob("*.png")}
 
     async def everything(self) -> tuple[Any, ...]:
-        """Every row of these tables and every file, to be compared with later."""
+        """Every row of these tables and every file that a row names, to be compared with later."""
         async with self.database.reading() as session:
             rows = [(await session.execute(select(table.__table__))).all() for table in (Request, Image, Usage)]
-        files = sorted((path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in self.output.iterdir())
+        paths = [self.output / image.image_url for image in await self.images()]
+        files = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
         return (*rows, files)
 
     async def check(self, succeeded: Sequence[str]) -> None:
@@ -213,6 +216,7 @@ class Stage:
         images = await self.images()
         assert [(image.request_id, image.position) for image in images] == expected
         assert [line.request_id for line in await self.usage()] == sorted(succeeded)
+        await sweep(PictureFolder(self.output), self.database, seconds=-1)  # what attempts have left that were killed
         assert self.pictures() == {image.image_url for image in images}
         for image in images:
             assert hashlib.sha256((self.output / image.image_url).read_bytes()).hexdigest() == image.sha256

@@ -16,7 +16,7 @@ def stands_still(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="here nobody tells which processes stand still")
-@pytest.mark.parametrize("point", ["claimed", "drawing", "drawn", "saved", "publishing"])
+@pytest.mark.parametrize("point", ["claimed", "drawing", "drawn", "part", "saved", "publishing"])
 async def test_a_worker_that_wakes_up_late_writes_nothing(stage: Stage, point: str) -> None:
     if point == "publishing" and stage.url.startswith("sqlite"):
         pytest.skip("whoever stands still in the middle of a transaction holds SQLite's one lock, until it ends")

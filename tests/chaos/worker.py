@@ -25,7 +25,7 @@ import api.engine.engine
 from api import cli, serving, wiring
 from api.domain import generate, jobs, worker
 from api.domain.wake import Wake
-from api.store import database, files, tables
+from api.store import files, postgresql, tables
 
 POINTS = ("claimed", "drawing", "drawn", "part", "saved", "publishing", "published")
 """After the claim, in the middle of the steps, with pictures in memory, with half a file, with whole files, with rows
@@ -157,7 +157,7 @@ def run(order: dict[str, Any]) -> int:
         Faults(Path(marks)).install()
     constants: list[tuple[ModuleType, str]] = [
         (jobs, "MAX_CRASHES"),
-        (database, "IDLE_SECONDS"),
+        (postgresql, "IDLE_SECONDS"),
         (wiring, "GRACEFUL_SECONDS"),
         (serving, "GRACEFUL_SECONDS"),
     ]

@@ -66,7 +66,7 @@ async def make_worker(database: Database, studio: Studio, wake: Wake) -> AsyncIt
     """Makes a worker over the test's database; what it has in hand is put back at the end."""
     made: list[Worker] = []
 
-    def make(**fields: Any) -> Worker:
+    def make(studio: Studio = studio, **fields: Any) -> Worker:
         settings: Settings = builders.settings({}, **fields)
         made.append(Worker(settings, database, studio, wake, Metrics()))
         return made[-1]

@@ -69,6 +69,15 @@ async def test_models_in_memory_go_first_among_equals(database: Database) -> Non
     assert await order(database, warm=("warm",)) == [warm, late, cold, low]
 
 
+async def test_who_is_overtaken_stays_at_the_present(database: Database) -> None:
+    """Who comes next begins where the head of the queue is, not where the one is that went before it."""
+    await enqueue(database, "ada", start_tag=3, model_id="cold")
+    await enqueue(database, "bo", start_tag=90, model_id="warm")
+    assert (await taken(database, warm=("warm",))).job.start_tag == 90
+    async with database.reading() as session:
+        assert await session.scalar(select(Queue.virtual_time)) == 3
+
+
 @pytest.mark.parametrize("age", [timedelta(seconds=6), timedelta(hours=1), timedelta(hours=-1)])
 async def test_the_head_is_overtaken_no_longer_than_the_bound(database: Database, age: timedelta) -> None:
     """A job that seems to come from the future was written by a machine whose clock is fast: it may be old."""
@@ -109,8 +118,8 @@ async def test_a_beat_counts_and_tells_the_progress(database: Database) -> None:
     await enqueue(database, "ada")
     claim = await taken(database)
     progress = Progress("drawing", 3, 30, b"jpeg", 3)
-    assert await jobs.beat(database, {claim.job.id: (claim.token, progress)}) == (set(), set())
-    assert await jobs.beat(database, {claim.job.id: (claim.token, Progress("drawing", 4, 30))}) == (set(), set())
+    assert await jobs.beat(database, [(claim, progress)]) == (set(), set())
+    assert await jobs.beat(database, [(claim, Progress("drawing", 4, 30))]) == (set(), set())
     job = await look(database, claim.job.id)
     assert (job.heartbeat, job.phase, job.step, job.step_count, job.preview_step) == (2, "drawing", 4, 30, 3)
     async with database.reading() as session:
@@ -135,7 +144,7 @@ async def test_a_lost_claim_changes_nothing(database: Database) -> None:
     mine = await taken(database)
     assert mine.job.id == lost.job.id
     before = await look(database, mine.job.id)
-    assert await jobs.beat(database, {lost.job.id: (lost.token, Progress("drawing", 9, 30))}) == ({lost.job.id}, set())
+    assert await jobs.beat(database, [(lost, Progress("drawing", 9, 30))]) == ({lost.token}, set())
     assert not await jobs.publish(database, lost, finished(lost))
     assert not await jobs.fail(database, lost, BadPicture("black"))
     assert not await jobs.end_cancelled(database, lost)
@@ -235,7 +244,7 @@ async def test_a_running_job_is_told_and_ended_by_its_worker(database: Database)
     claim = await taken(database)
     await jobs.cancel(database, job_id)
     assert (await look(database, job_id)).status == "running"
-    assert await jobs.beat(database, {job_id: (claim.token, Progress("loading"))}) == (set(), {job_id})
+    assert await jobs.beat(database, [(claim, Progress("loading"))]) == (set(), {claim.token})
     assert await jobs.end_cancelled(database, claim)
     job = await look(database, job_id)
     assert (job.status, job.token) == ("cancelled", None)

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -6,8 +7,9 @@ import pytest
 from sqlalchemy import func, select
 
 from api.domain import jobs
-from api.domain.submit import Desk, Order, request_of, work
-from api.errors import Busy, KeyReused, LimitReached, NotAuthenticated, NotFound
+from api.domain import submit as module
+from api.domain.submit import BATCH, Desk, Order, request_of, work
+from api.errors import Busy, DatabaseUnavailable, KeyReused, LimitReached, NotAuthenticated, NotFound
 from api.schemas import GenerateRequest
 from api.store.database import Database
 from api.store.tables import Request, User
@@ -103,6 +105,53 @@ async def test_nobody_submits_for_a_user_who_is_not_there_or_disabled(make_desk:
         with pytest.raises(refusal):
             await desk.submit(order(user_id))
     assert await count(database) == 0
+
+
+async def test_a_priority_above_all_is_not_paid_with_a_turn(desk: Desk, database: Database) -> None:
+    """An administrator's job for ada puts her own behind nobody."""
+    urgent = await desk.submit(dataclasses.replace(order(num_inference_steps=100), priority=1))
+    own = await desk.submit(order())
+    assert own.start_tag == urgent.start_tag
+    last = await desk.submit(order())
+    await jobs.cancel(database, urgent.id)
+    async with database.reading() as session:
+        assert (await session.get_one(Request, last.id)).start_tag == last.start_tag
+
+
+async def test_a_key_with_another_priority_is_refused(desk: Desk) -> None:
+    first = order(key="k")
+    await desk.submit(first)
+    with pytest.raises(KeyReused):
+        await desk.submit(dataclasses.replace(first, priority=-1))
+
+
+async def test_a_database_that_is_away_refuses_everybody_who_waits(
+    make_desk: MakeDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one batch after the other, each as long as the database takes to say nothing."""
+    desk, tries = make_desk(), 0
+
+    async def away(batch: Any) -> None:
+        nonlocal tries
+        tries += 1
+        await asyncio.sleep(0.1)
+        raise DatabaseUnavailable("the database does not answer")
+
+    monkeypatch.setattr(desk, "_write", away)
+    answers = await asyncio.gather(*(desk.submit(order()) for _ in range(5 * BATCH)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {DatabaseUnavailable}
+    assert tries <= 2
+
+
+async def test_more_than_can_be_written_are_told_to_come_later(
+    make_desk: MakeDesk, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_WAITING", 10)
+    desk = make_desk(limit_queued=0)
+    answers = await asyncio.gather(*(desk.submit(order()) for _ in range(30)), return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, Busy)]
+    assert 0 < len(refused) < 30
+    assert await count(database) == 30 - len(refused)
 
 
 async def test_a_sensitive_prompt_is_sealed(desk: Desk, vault: Vault) -> None:

@@ -49,8 +49,8 @@ async def test_only_what_stands_still_for_a_lease_is_taken_back(database: Databa
     watchman = Watchman(database, lease_seconds=30)
     back = []
     for _ in range(7):
-        back.append(await watchman.look({own.job.id}))
-        await jobs.beat(database, {alive.job.id: (alive.token, Progress("drawing", 1, 30))})
+        back.append(await watchman.look({own.token}))
+        await jobs.beat(database, [(alive, Progress("drawing", 1, 30))])
         clock.seconds += 5
     assert back == [[], [], [], [], [], [], [dead.job.id]]
     job = await look(database, dead.job.id)

@@ -1,6 +1,7 @@
 import asyncio
 import io
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -9,17 +10,23 @@ from PIL import Image
 from sqlalchemy import select, update
 
 from api.domain import jobs
+from api.domain.generate import Studio, picture_name
 from api.domain.submit import Desk, Order
 from api.domain.wake import Wake
 from api.domain.worker import BEAT, Worker
+from api.model_service import Generation, ModelService
+from api.schemas import GenerateRequest, Timings
 from api.store.database import Database
-from api.store.files import PictureFolder
+from api.store.files import PICTURE, PictureFolder
 from api.store.tables import Image as ImageRow
 from api.store.tables import Request, Usage
+from api.store.vault import Vault
 from tests import builders
+from tests.rows import image as image_row
 
 pytestmark = pytest.mark.anyio
 MakeWorker = Callable[..., Worker]
+PNG = b"\x89PNG\r\n\x1a\n"  # its beginning
 PATIENCE = 120  # seconds until a job that never ends fails the test
 LONG = 150  # steps: long enough to do something meanwhile
 
@@ -39,14 +46,22 @@ async def submit(desk: Desk, user_id: str = "ada", **fields: Any) -> str:
     return (await desk.submit(Order(builders.request(user_id=user_id, **fields), user_id))).id
 
 
-async def until(database: Database, wake: Wake, job_id: str, *statuses: str, step: int = 0) -> Request:
+async def until(
+    database: Database, wake: Wake, job_id: str, *statuses: str, step: int = 0, heartbeat: int = 0
+) -> Request:
     async with asyncio.timeout(PATIENCE):
         while True:
             async with database.reading() as session:
                 job = await session.get_one(Request, job_id)
-            if job.status in statuses and job.step >= step:
+            if job.status in statuses and job.step >= step and job.heartbeat >= heartbeat:
                 return job
             await wake.wait(job_id, 0.05)
+
+
+async def until_idle(worker: Worker, wake: Wake) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while worker.in_hand:
+            await wake.wait("", 0.05)
 
 
 def pixels(png: bytes) -> bytes:
@@ -97,6 +112,111 @@ async def test_cancelling_stops_it(database: Database, desk: Desk, make_worker: 
     assert await rows(database, ImageRow) == []
 
 
+class Loading(ModelService):
+    """Models that load until they are let."""
+
+    def __init__(self) -> None:
+        self.loaded = threading.Event()
+
+    def generate(self, request: GenerateRequest, on_step: Any = None) -> Generation:
+        self.loaded.wait(PATIENCE)
+        timings = Timings(queue=0, load=0, denoise=0, decode=0, encode=0)
+        return Generation([PNG], [0], "slow", False, timings)
+
+    def warm(self) -> frozenset[str]:
+        return frozenset()
+
+
+@pytest.fixture
+def loading(pictures: PictureFolder, vault: Vault) -> Iterator[Studio]:
+    models = Loading()
+    yield Studio(models, pictures, vault)
+    models.loaded.set()
+
+
+async def test_cancelling_does_not_wait_for_a_model_that_loads(
+    database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, loading: Studio
+) -> None:
+    job_id = await submit(desk)
+    worker = make_worker(studio=loading)
+    async with drawing(worker):
+        await until(database, wake, job_id, "running")
+        await jobs.cancel(database, job_id)
+        wake.wake(BEAT)
+        cancelled = await until(database, wake, job_id, "cancelled")
+        assert worker.in_hand
+        loading.models.loaded.set()  # type: ignore[attr-defined]
+        await until_idle(worker, wake)
+    assert (await until(database, wake, job_id, "cancelled")).revision == cancelled.revision
+    assert await rows(database, ImageRow) == []
+
+
+async def test_stopping_does_not_wait_for_a_model_that_loads(
+    database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, loading: Studio
+) -> None:
+    job_id = await submit(desk)
+    worker = make_worker(studio=loading)
+    async with drawing(worker):
+        await until(database, wake, job_id, "running")
+        await worker.stop(0)
+        job = await until(database, wake, job_id, "queued")
+        assert (job.crashes, job.token, worker.in_hand) == (0, None, frozenset())
+
+
+async def test_a_job_that_comes_back_to_its_worker_is_drawn_while_the_lost_claim_ends(
+    database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, loading: Studio
+) -> None:
+    """As after half a minute without the database, when another process took the job back."""
+    job_id = await submit(desk)
+    worker = make_worker(studio=loading)
+    async with drawing(worker):
+        first = await until(database, wake, job_id, "running")
+        async with database.transaction() as session:
+            back = update(Request).where(Request.id == job_id).values(status="queued", token=None)
+            await session.execute(back)
+        async with asyncio.timeout(PATIENCE):
+            while len(worker.in_hand) < 2:
+                wake.wake(Wake.QUEUE)
+                await wake.wait(job_id, 0.05)
+        wake.wake(BEAT)
+        second = await until(database, wake, job_id, "running", heartbeat=first.heartbeat + 2)
+        assert second.attempt == 2
+        loading.models.loaded.set()  # type: ignore[attr-defined]
+        await until(database, wake, job_id, "succeeded")
+        await until_idle(worker, wake)
+    assert len(await rows(database, ImageRow)) == 1
+
+
+async def test_a_job_whose_publication_is_refused_fails_at_once(
+    database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake
+) -> None:
+    job_id = await submit(desk)
+    async with database.transaction() as session:  # its place is taken, by whatever fault
+        session.add(image_row(await session.get_one(Request, job_id)))
+    async with drawing(make_worker()):
+        job = await until(database, wake, job_id, "succeeded", "failed")
+    assert (job.status, job.error_code, job.attempt) == ("failed", "internal_error", 1)
+    assert await rows(database, Usage) == []
+
+
+async def test_each_attempt_has_a_file_of_its_own_and_the_last_one_stays(
+    database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, pictures: PictureFolder
+) -> None:
+    job_id = await submit(desk)
+    claim = await jobs.claim(database, "dead", frozenset(), 0, 0)
+    assert claim is not None
+    left_over = pictures.save(picture_name(claim.job, claim.job.attempt, 0), PNG)
+    await jobs.release(database, claim)
+    worker = make_worker()
+    async with drawing(worker):
+        await until(database, wake, job_id, "succeeded")
+        await until_idle(worker, wake)
+    (drawn,) = await rows(database, ImageRow)
+    assert drawn.image_url != left_over.name
+    assert PICTURE.fullmatch(drawn.image_url)
+    assert [path.name for path in left_over.parent.iterdir()] == [drawn.image_url]
+
+
 async def test_a_worker_that_lost_its_lease_writes_nothing(
     database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake
 ) -> None:
@@ -108,9 +228,7 @@ async def test_a_worker_that_lost_its_lease_writes_nothing(
             await session.execute(
                 update(Request).where(Request.id == job_id).values(token="f" * 32, worker="another", crashes=1)
             )
-        async with asyncio.timeout(PATIENCE):
-            while worker.in_hand:
-                await wake.wait(job_id, 0.05)
+        await until_idle(worker, wake)
     job = await until(database, wake, job_id, "running")
     assert (job.worker, job.token) == ("another", "f" * 32)
     assert await rows(database, ImageRow) == []

@@ -3,6 +3,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from api.domain.jobs import ORDER
 from api.errors import DatabaseUnavailable, SitterError, StorageFull
 from api.store import database as module
+from api.store import postgresql as postgresql_module
 from api.store.database import Database, migrate
 from api.store.tables import Audit, Queue, Request, Table, User, now
 from tests.databases import PostgreSQL
@@ -203,7 +205,7 @@ async def test_a_server_that_is_away_is_told_so() -> None:
 async def test_a_row_that_stays_locked_is_told_so(
     migrated_postgresql: str, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(postgresql_module, "LOCK_SECONDS", 0.1)
     with postgresql.database(migrated_postgresql) as name:
         database = Database(postgresql.url(name))
 
@@ -222,7 +224,7 @@ async def test_a_row_that_stays_locked_is_told_so(
 async def test_a_transaction_that_does_nothing_is_ended(
     migrated_postgresql: str, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(postgresql_module, "IDLE_SECONDS", 0.1)
     with postgresql.database(migrated_postgresql) as name:
         database = Database(postgresql.url(name))
 
@@ -235,6 +237,26 @@ async def test_a_transaction_that_does_nothing_is_ended(
             await sleep_in_it()
         async with database.transaction() as session:
             assert await session.scalar(select(Queue.virtual_time)) == 0
+        await database.close()
+
+
+async def test_a_server_that_hangs_is_told_so(postgresql_programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped without a word: its connections stay open, and the kernel acknowledges what is sent."""
+    monkeypatch.setattr(postgresql_module, "ANSWER_SECONDS", 0.5)
+    with PostgreSQL(postgresql_programs) as server:
+        migrate(server.url("postgres"))
+        database = Database(server.url("postgres"))
+
+        async def write() -> None:
+            async with database.transaction() as session:
+                await session.execute(update(Queue).values(virtual_time=2))
+
+        await write()
+        with server.standing_still():
+            async with asyncio.timeout(60):
+                with pytest.raises(DatabaseUnavailable):
+                    await write()
+        await write()
         await database.close()
 
 
@@ -285,6 +307,28 @@ async def test_a_file_that_stays_locked_is_told_so(
     locked.execute("ROLLBACK")
     async with database.transaction() as session:
         session.add(User(id="ada", name="Ada"))
+    await database.close()
+
+
+async def test_those_who_wait_behind_a_locked_file_wait_no_longer_than_one(
+    locked: sqlite3.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUSY_SECONDS", 0.5)
+    database = Database(f"sqlite:///{tmp_path / 'sitter.db'}")
+
+    async def seconds() -> float:
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnavailable, match="locked"):
+            async with database.transaction():
+                pass
+        return time.monotonic() - began
+
+    alone = await seconds()
+    together = await asyncio.gather(*(seconds() for _ in range(12)))
+    assert max(together) < 4 * alone  # one after the other they would take twelve times as long
+    locked.execute("ROLLBACK")
+    async with database.transaction():
+        pass
     await database.close()
 
 
