@@ -15,6 +15,7 @@ from api.cli_users import audit, keys, users
 from api.domain.accounts import Credentials, authenticate, sign_in
 from api.store.database import Database
 from tests import people
+from tests.jobs import enqueue, look
 from tests.people import PASSWORD
 
 app = typer.Typer()
@@ -128,6 +129,13 @@ def test_limits_are_set_shown_and_taken_back(url: str) -> None:
     assert re.search(r"ada .* yes", done("users", "list"))
     done("users", "enable", "ada")
     assert not re.search(r"ada .* yes", done("users", "list"))
+
+
+def test_the_jobs_of_whoever_is_shut_out_are_cancelled(url: str) -> None:
+    done("users", "add", "ada", "--keys-only")
+    job_id = in_database(url, lambda database: enqueue(database, "ada"))
+    done("users", "disable", "ada")
+    assert in_database(url, lambda database: look(database, job_id)).status == "cancelled"
 
 
 def test_the_audit_is_verified(url: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import CursorResult, case, func, literal, literal_column, null, select, update
+from sqlalchemy import ColumnElement, CursorResult, case, func, literal, literal_column, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.errors import SitterError
@@ -225,24 +225,40 @@ async def cancel(database: Database, job_id: str) -> bool:
         owner = select(User.id).join(Request, Request.user_id == User.id).where(Request.id == job_id)
         # Requests of this user wait meanwhile: their place depends on those before them.
         user_id = await session.scalar(owner.with_for_update(of=User, key_share=True))
-        ended = update(Request).where(Request.id == job_id, QUEUED).values(status="cancelled", **_ENDED)
-        ended = ended.values(cancel_requested=True, finished_at=now())
-        gone = ended.returning(Request.start_tag, Request.work, Request.priority, Request.webhook_url)
-        row = (await session.execute(gone)).first()
-        if row is None:
-            running = update(Request).where(Request.id == job_id, RUNNING)
-            await session.execute(running.values(cancel_requested=True, revision=Request.revision + 1))
-            return False
-        # What is not drawn does not count: its user's later jobs move up by its work, though not before the present.
-        charged = charge(row.priority, row.work)
-        present = await session.scalar(select(Queue.virtual_time)) or 0
-        later = update(Request).where(Request.user_id == user_id, QUEUED, Request.start_tag > row.start_tag)
-        for move, tag in ((later, Request.start_tag), (update(User).where(User.id == user_id), User.finish_tag)):
-            moved = case((tag - charged > present, tag - charged), else_=present)
-            await session.execute(move.where(tag > present).values({tag: moved}))
-        if row.webhook_url:
-            session.add(Delivery(request_id=job_id))
-    return True
+        ended, _ = await _cancel(session, user_id, Request.id == job_id)
+    return bool(ended)
+
+
+async def cancel_all(session: AsyncSession, user_id: str) -> tuple[list[str], list[str]]:
+    """Does to every job of a user what `cancel` does; returns the ids of those that it ended and of those asked."""
+    await session.execute(select(User.id).where(User.id == user_id).with_for_update(key_share=True))
+    return await _cancel(session, user_id, Request.user_id == user_id)
+
+
+async def _cancel(
+    session: AsyncSession, user_id: str | None, which: ColumnElement[bool]
+) -> tuple[list[str], list[str]]:
+    """Cancels the jobs of `which`, all of one user, whose row the transaction holds."""
+    # Held first: one that is put back between the two updates would escape them both.
+    held = select(Request.id).where(which, or_(QUEUED, RUNNING)).order_by(Request.id)
+    await session.execute(held.with_for_update())
+    running = update(Request).where(which, RUNNING).values(cancel_requested=True, revision=Request.revision + 1)
+    asked = list(await session.scalars(running.returning(Request.id)))
+    ended = update(Request).where(which, QUEUED).values(status="cancelled", **_ENDED)
+    ended = ended.values(cancel_requested=True, finished_at=now())
+    columns = (Request.id, Request.start_tag, Request.work, Request.priority, Request.webhook_url)
+    rows = (await session.execute(ended.returning(*columns))).all()
+    if not rows:
+        return [], asked
+    # What is not drawn does not count: its user's later jobs move up by its work, though not before the present.
+    present = await session.scalar(select(Queue.virtual_time)) or 0
+    last, charged = max(row.start_tag for row in rows), sum(charge(row.priority, row.work) for row in rows)
+    later = update(Request).where(Request.user_id == user_id, QUEUED, Request.start_tag > last)
+    for move, tag in ((later, Request.start_tag), (update(User).where(User.id == user_id), User.finish_tag)):
+        moved = case((tag - charged > present, tag - charged), else_=present)
+        await session.execute(move.where(tag > present).values({tag: moved}))
+    session.add_all(Delivery(request_id=row.id) for row in rows if row.webhook_url)
+    return [row.id for row in rows], asked
 
 
 @dataclass

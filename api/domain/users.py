@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import DEFAULT_USER
-from api.domain import audit, quota
+from api.domain import audit, jobs, quota
 from api.domain.accounts import FREE_TRIES, Accounts, Caller
 from api.domain.tokens import csrf_token
 from api.errors import Conflict, NotAuthenticated, NotFound
@@ -50,17 +50,20 @@ async def add_user(session: AsyncSession, actor: str, new: NewUser, password: st
 async def change_user(
     session: AsyncSession, actor: str, user_id: str, change: UserChange, password: str | None
 ) -> User:
-    """Changes what `change` names; a new password or shutting out ends every session.
+    """Changes what `change` names. A new password ends every session; shutting out does, and cancels every job.
 
     Raises:
         NotFound: there is no such user.
         Conflict: the login is taken, or nobody would be left to administrate.
     """
-    user = await session.get(User, user_id, with_for_update=True)
+    # Short of FOR UPDATE: who publishes a picture of theirs refers to the row, and holds the job that we cancel.
+    user = await session.get(User, user_id, with_for_update={"key_share": True})
     if user is None:
         raise NotFound(f"there is no user {user_id}")
     if user.type == "admin" and not user.disabled and (change.disabled or change.type == "user"):
         await stays_administrated(session, user_id)
+    if change.disabled and not user.disabled:
+        await jobs.cancel_all(session, user_id)
     detail: dict[str, Any] = {}
     for name in ("name", "login", "type", "disabled"):
         value = getattr(change, name)
@@ -90,7 +93,7 @@ def _action(detail: dict[str, Any]) -> str:
 async def stays_administrated(session: AsyncSession, leaving: str) -> None:
     """Raises Conflict when nobody but `leaving` administrates."""
     admins = select(User.id).where(User.type == "admin", User.disabled.is_(False)).order_by(User.id)
-    if not [one for one in await session.scalars(admins.with_for_update()) if one != leaving]:
+    if not [one for one in await session.scalars(admins.with_for_update(key_share=True)) if one != leaving]:
         raise Conflict(f"{leaving} is the only administrator", "Make another one first.")
 
 

@@ -270,3 +270,37 @@ async def test_an_ended_job_stays_as_it_is(database: Database, how: str) -> None
 
 async def test_a_job_that_does_not_exist_is_cancelled_in_vain(database: Database) -> None:
     await jobs.cancel(database, "0" * 28)
+
+
+async def test_a_job_that_is_put_back_meanwhile_is_cancelled(database: Database, other: Database) -> None:
+    job_id = await enqueue(database, "ada")
+    claim = await taken(database)
+    async with database.transaction() as session:
+        back = update(Request).where(Request.token == claim.token).values(status="queued", token=None)
+        await session.execute(back)
+        cancelling = asyncio.create_task(jobs.cancel(other, job_id))
+        await asyncio.wait([cancelling], timeout=0.3)
+    assert await cancelling
+    assert (await look(database, job_id)).status == "cancelled"
+
+
+async def test_all_jobs_of_a_user_are_cancelled(database: Database) -> None:
+    running = await enqueue(database, "ada", webhook_url=HOOK)
+    claim = await taken(database)
+    waiting = [await enqueue(database, "ada", webhook_url=HOOK, start_tag=1), await enqueue(database, "ada", work=5)]
+    bos = await enqueue(database, "bo")
+    async with database.transaction() as session:
+        await session.execute(update(User).values(finish_tag=10))
+        ended, asked = await jobs.cancel_all(session, "ada")
+    assert (sorted(ended), asked) == (sorted(waiting), [running])
+    assert {(await look(database, job_id)).status for job_id in waiting} == {"cancelled"}
+    assert await count(database, Delivery) == 1
+    assert await jobs.beat(database, [(claim, Progress("loading"))]) == (set(), {claim.token})
+    assert (await taken(database)).job.id == bos
+    async with database.reading() as session:
+        assert dict((await session.execute(select(User.id, User.finish_tag))).all()) == {"ada": 4, "bo": 10}
+        before = (await look(database, running)).revision
+    async with database.transaction() as session:
+        assert await jobs.cancel_all(session, "ada") == ([], [running])
+        assert await jobs.cancel_all(session, "nobody") == ([], [])
+    assert (await look(database, running)).revision > before

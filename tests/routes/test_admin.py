@@ -10,6 +10,7 @@ from api.domain.admin import settings_in_force
 from api.store.database import Database
 from api.store.tables import Usage, new_id
 from tests import builders, people, rows
+from tests.jobs import enqueue, look, taken
 from tests.people import PASSWORD
 
 pytestmark = pytest.mark.anyio
@@ -81,6 +82,19 @@ async def test_what_a_change_does_is_what_the_audit_calls_it(root: httpx2.AsyncC
         assert (await root.patch("/admin/users/ada", json=change)).status_code == 200
     actions = [action for _, action, what in await people.audited(database) if what == "user:ada"]
     assert actions == ["user.created", "limits.changed", "user.disabled", "user.enabled", "user.changed"]
+
+
+async def test_the_jobs_of_whoever_is_shut_out_are_cancelled(root: httpx2.AsyncClient, database: Database) -> None:
+    running = await enqueue(database, "ada")
+    await taken(database)
+    waiting, bos = await enqueue(database, "ada"), await enqueue(database, "bo")
+    for change in ({"name": "Ada L."}, {"disabled": False}):
+        assert (await root.patch("/admin/users/ada", json=change)).status_code == 200
+    assert (await look(database, waiting)).status == "queued"
+    assert (await root.patch("/admin/users/ada", json={"disabled": True, "login": "ada"})).status_code == 200
+    assert (await look(database, waiting)).status == "cancelled"
+    assert (await look(database, running)).cancel_requested
+    assert (await look(database, bos)).status == "queued"
 
 
 async def test_what_is_taken_or_wrong_is_refused(root: httpx2.AsyncClient, database: Database) -> None:
