@@ -15,7 +15,7 @@ import anyio.to_thread
 from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.domain import audit, keys, library, users
+from api.domain import audit, jobs, keys, library, users
 from api.domain.accounts import Caller
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
@@ -218,16 +218,12 @@ async def erase(
         NotFound: there is no such user that the caller may see.
         Conflict: nobody would be left to administrate.
     """
-    async with database.reading() as session:
-        if not caller.may_see(user_id) or await session.get(User, user_id) is None:
-            raise NotFound(f"there is no user {user_id}")
+    async with database.transaction() as session:
+        await _to_be_erased(session, caller, user_id)
     await _end_jobs(database, wake, user_id)
     async with database.transaction() as session:
-        user = await session.get(User, user_id, with_for_update=True)
-        if user is None:
-            raise NotFound(f"there is no user {user_id}")
-        if user.type == "admin" and not user.disabled:
-            await users.stays_administrated(session, user_id)
+        await _to_be_erased(session, caller, user_id)
+        await jobs.cancel_all(session, user_id)  # holds them: who publishes one refers to the user, and goes first
         images = list(await session.scalars(select(tables.Image.image_url).where(tables.Image.user_id == user_id)))
         await session.execute(delete(User).where(User.id == user_id))  # and, by cascade, all that is theirs
         nobody = f"~{vault.digest(user_id.encode())[:24]}"  # no user's id begins so
@@ -239,18 +235,22 @@ async def erase(
     await anyio.to_thread.run_sync(models.forget, user_id)
 
 
+async def _to_be_erased(session: AsyncSession, caller: Caller, user_id: str) -> None:
+    """Holds the user's row. Raises NotFound and Conflict as `erase` does."""
+    user = await session.get(User, user_id, with_for_update={"key_share": True})
+    if user is None or not caller.may_see(user_id):
+        raise NotFound(f"there is no user {user_id}")
+    if user.type == "admin" and not user.disabled:
+        await users.stays_administrated(session, user_id)
+
+
 async def _end_jobs(database: Database, wake: Wake, user_id: str) -> None:
     """Cancels a user's jobs and waits a little for those that run to stop."""
     deadline = time.monotonic() + END_SECONDS
-    wish = (
-        update(Request).where(Request.user_id == user_id).values(cancel_requested=True, revision=Request.revision + 1)
-    )
     while True:
         async with database.transaction() as session:
-            ended = wish.where(Request.status == "queued").values(status="cancelled", finished_at=now())
-            queued = list(await session.scalars(ended.returning(Request.id)))
-            running = list(await session.scalars(wish.where(Request.status == "running").returning(Request.id)))
-        for topic in (*queued, *running, BEAT):
+            ended, running = await jobs.cancel_all(session, user_id)
+        for topic in (*ended, *running, BEAT):
             wake.wake(topic)
         if not running or time.monotonic() >= deadline:
             return

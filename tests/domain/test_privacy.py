@@ -175,8 +175,10 @@ async def test_only_oneself_or_an_administrator_erases(gallery: Gallery, models:
         await erase(gallery, models, BO, "ada")
     await erase(gallery, models, ROOT, "ada")
     await erase(gallery, models, OWNER, "bo")
+    job_id = await enqueue(gallery.database, "root")
     with pytest.raises(Conflict):
         await erase(gallery, models, ROOT, "root")
+    assert (await look(gallery.database, job_id)).status == "queued"
     async with gallery.database.reading() as session:
         assert list(await session.scalars(select(User.id))) == ["root"]
 
