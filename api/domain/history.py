@@ -38,10 +38,11 @@ async def find(database: Database, caller: Caller, job_id: str) -> Seen:
         job = await session.get(Request, job_id)
         if job is None or not caller.may_see(job.user_id):
             raise NotFound("there is no such job")
-        images = await session.scalars(select(Image).where(Image.request_id == job_id).order_by(Image.position))
-        pace = await _pace(session)
+        if job.status in ENDED:
+            return Seen(job, await _images(session, job), None, None)
         position, ahead = await _place(session, job)
-        return Seen(job, list(images), position, _eta(job, ahead, pace))
+        pace = None if ahead is None else await _pace(session)
+        return Seen(job, [], position, _eta(job, ahead, pace))
 
 
 async def page(
@@ -75,6 +76,12 @@ async def changed(wake: Wake, database: Database, caller: Caller, seen: Seen) ->
     """Returns the job as it is after its next change, or after a second if none is noticed."""
     await wake.wait(seen.job.id, POLL_SECONDS)
     return await find(database, caller, seen.job.id)
+
+
+async def _images(session: AsyncSession, job: Request) -> list[Image]:
+    if job.status != "succeeded":
+        return []
+    return list(await session.scalars(select(Image).where(Image.request_id == job.id).order_by(Image.position)))
 
 
 async def _pace(session: AsyncSession) -> float | None:
@@ -111,7 +118,7 @@ async def _place(session: AsyncSession, job: Request) -> tuple[int | None, int |
 
 
 def _eta(job: Request, ahead: int | None, pace: float | None) -> float | None:
-    if pace is None or ahead is None or job.status in ENDED:
+    if pace is None or ahead is None:
         return None
     left = job.work
     if job.status == "running" and job.step_count:
