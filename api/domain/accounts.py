@@ -154,16 +154,22 @@ async def authenticate(accounts: Accounts, sent: Credentials) -> Caller:
         Forbidden: a session's request lacks its CSRF token.
         LimitReached: the caller asks too often.
     """
-    if accounts.settings.auth == "open":
-        return Caller(None, True, ALL_SCOPES, "open")
-    caller = await _caller(accounts, sent)
-    assert caller.user_id is not None
-    per_minute = quota.limit(caller.limits, accounts.settings, "requests_per_minute")
-    await accounts.limiter.hit(caller.user_id, per_minute)
+    caller = await identify(accounts, sent)
+    if caller.user_id is not None:
+        per_minute = quota.limit(caller.limits, accounts.settings, "requests_per_minute")
+        await accounts.limiter.hit(caller.user_id, per_minute)
     return caller
 
 
-async def _caller(accounts: Accounts, sent: Credentials) -> Caller:
+async def identify(accounts: Accounts, sent: Credentials) -> Caller:
+    """Returns the caller behind what a request sent.
+
+    Raises:
+        NotAuthenticated: it is not valid, or not any more.
+        Forbidden: a session's request lacks its CSRF token.
+    """
+    if accounts.settings.auth == "open":
+        return Caller(None, True, ALL_SCOPES, "open")
     if sent.authorization is not None:
         scheme, _, secret = sent.authorization.partition(" ")
         secret = secret.strip()

@@ -30,12 +30,24 @@ def get_accounts(service: ServiceDep) -> Accounts:
 AccountsDep = Annotated[Accounts, Depends(get_accounts)]
 
 
-async def get_caller(
+async def get_credentials(
     request: Request,
-    accounts: AccountsDep,
     _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     cookie: Annotated[str | None, Security(session_cookie)],
-) -> Caller:
+) -> Credentials:
+    """Returns what the request sent to say who it is from."""
+    return Credentials(
+        authorization=request.headers.get("Authorization"),
+        cookie=cookie,
+        csrf=request.headers.get(CSRF_HEADER),
+        unsafe=request.method not in SAFE,
+    )
+
+
+CredentialsDep = Annotated[Credentials, Depends(get_credentials)]
+
+
+async def get_caller(accounts: AccountsDep, sent: CredentialsDep) -> Caller:
     """Returns the caller, counting the request against their limit.
 
     Raises:
@@ -43,12 +55,6 @@ async def get_caller(
         Forbidden: a session's request lacks its CSRF token.
         LimitReached: they ask too often.
     """
-    sent = Credentials(
-        authorization=request.headers.get("Authorization"),
-        cookie=cookie,
-        csrf=request.headers.get(CSRF_HEADER),
-        unsafe=request.method not in SAFE,
-    )
     return await authenticate(accounts, sent)
 
 

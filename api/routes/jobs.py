@@ -1,7 +1,9 @@
 """Jobs: make one, look at it, follow it live, cancel it."""
 
 import base64
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import structlog
@@ -10,14 +12,14 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from api.config import UserId
 from api.domain import history, jobs
-from api.domain.accounts import Caller
+from api.domain.accounts import Caller, Credentials, identify
 from api.domain.history import ENDED, Seen
 from api.domain.library import readable
 from api.domain.submit import Order
 from api.domain.webhooks import check_webhook_url
 from api.domain.worker import BEAT
-from api.errors import Forbidden
-from api.routes.caller import CallerDep, require
+from api.errors import Forbidden, SitterError
+from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
 from api.routes.service import ServiceDep
 from api.schemas import ErrorResponse
@@ -25,7 +27,10 @@ from api.wire.accounts import Id
 from api.wire.jobs import Job, JobImage, JobPage, JobRequest, Status
 from api.wiring import Service
 
+log = structlog.get_logger()
 router = APIRouter(prefix="/jobs", tags=["Jobs"])
+
+REAUTH_SECONDS = 30.0  # how long whoever follows a job may do so by a credential that has ended
 
 IdempotencyKey = Annotated[
     str | None,
@@ -155,36 +160,64 @@ async def cancel_job(seen: SeenDep, service: ServiceDep, caller: CallerDep) -> J
     return describe(await history.find(service.database, caller, seen.job.id), service, caller)
 
 
+LastEventId = Annotated[int | None, Header(description="Go on after this event.", ge=0)]
+
+
+async def _stop_coming_back(seen: SeenDep, response: Response, last_event_id: LastEventId = None) -> None:
+    """Answers 204 to whom the end was told already: an EventSource comes back for ever after any other answer."""
+    if seen.job.status in ENDED and seen.job.revision == last_event_id:
+        response.status_code = 204
+
+
 @router.get(
     "/{job_id}/events",
     summary="Follow a job live",
     response_class=EventSourceResponse,
-    responses=error_responses(401, 403, 404),
-    dependencies=[Depends(require("read"))],
+    responses={204: {"description": "It has ended, as your `Last-Event-ID` says."}, **error_responses(401, 403, 404)},
+    dependencies=[Depends(require("read")), Depends(_stop_coming_back)],
 )
 async def follow_job(
-    seen: SeenDep,
-    service: ServiceDep,
-    caller: CallerDep,
-    last_event_id: Annotated[int | None, Header(description="Go on after this event.", ge=0)] = None,
+    seen: SeenDep, service: ServiceDep, caller: CallerDep, sent: CredentialsDep, last_event_id: LastEventId = None
 ) -> AsyncIterator[ServerSentEvent]:
     """Sends `queued`, `loading`, `step`, `preview`, and at the end `done`, `failed` or `cancelled`.
 
     Every event's data is the job; a preview's is `{"step", "jpeg"}`, the picture so far in base64.
     """
-    sent, preview_step, place = last_event_id, 0, None
+    try:
+        async with aclosing(_events(seen, service, caller, sent, last_event_id)) as events:
+            async for event in events:
+                yield event
+    except SitterError as error:  # who comes back is told by the status of that answer
+        log.info("stream_ended", code=error.code)
+
+
+async def _events(
+    seen: Seen, service: Service, caller: Caller, sent: Credentials, told: int | None
+) -> AsyncGenerator[ServerSentEvent]:
+    """Yields events from the revision after `told` on.
+
+    Raises:
+        NotAuthenticated: the credential is not valid any more.
+        NotFound: the job is gone, or no more to be seen by the caller.
+        DatabaseUnavailable: nobody knows.
+    """
+    place, shown, authenticated = None, (0, 0), time.monotonic()
     while True:
         job = seen.job
-        if job.revision != sent or seen.position != place:
+        if job.revision != told or seen.position != place:
             yield ServerSentEvent(event=_event(seen), data=describe(seen, service, caller), id=str(job.revision))
-            sent, place = job.revision, seen.position
+            told, place = job.revision, seen.position
         if job.status in ENDED or service.worker.draining:
             return  # who follows a job of a server that stops comes back with Last-Event-ID
-        if job.preview_step > preview_step and (jpeg := await history.preview(service.database, job.id)):
-            preview_step = job.preview_step
-            data = {"step": preview_step, "jpeg": base64.b64encode(jpeg).decode()}
-            yield ServerSentEvent(event="preview", data=data, id=str(job.revision))
+        preview = (job.attempt, job.preview_step)
+        if job.status == "running" and job.preview_step and preview != shown:
+            shown = preview
+            if jpeg := await history.preview(service.database, job.id):
+                data = {"step": job.preview_step, "jpeg": base64.b64encode(jpeg).decode()}
+                yield ServerSentEvent(event="preview", data=data, id=str(job.revision))
         seen = await history.changed(service.wake, service.database, caller, seen)
+        if time.monotonic() - authenticated >= REAUTH_SECONDS:
+            caller, authenticated = await identify(service.accounts, sent), time.monotonic()
 
 
 def _event(seen: Seen) -> str:

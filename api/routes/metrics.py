@@ -6,8 +6,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials
 
+from api.domain.accounts import authenticate
 from api.domain.metrics import queue_state
-from api.routes.caller import AccountsDep, bearer, get_caller, session_cookie
+from api.routes.caller import AccountsDep, CredentialsDep, bearer
 from api.routes.errors import error_responses
 from api.routes.service import ServiceDep
 
@@ -15,17 +16,16 @@ router = APIRouter(tags=["Service"])
 
 
 async def _may_scrape(
-    request: Request,
     service: ServiceDep,
     accounts: AccountsDep,
-    sent: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
-    session: Annotated[str | None, Security(session_cookie)],
+    token_sent: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    sent: CredentialsDep,
 ) -> None:
     """Lets a scraper pass that knows METRICS_TOKEN, and administrators."""
     token = service.settings.metrics_token
-    if token and sent and hmac.compare_digest(sent.credentials.encode(), token.get_secret_value().encode()):
+    if token and token_sent and hmac.compare_digest(token_sent.credentials.encode(), token.get_secret_value().encode()):
         return
-    (await get_caller(request, accounts, sent, session)).may("admin")
+    (await authenticate(accounts, sent)).may("admin")
 
 
 @router.get(

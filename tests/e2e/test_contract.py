@@ -197,6 +197,16 @@ def test_the_cache_tells_what_it_holds_and_frees_it(server: Server, models: Path
     assert server.clear_cache()["freed_bytes"] == 0
 
 
+def test_a_stream_whose_end_was_told_stays_closed(server: Server) -> None:
+    job_id = server.client.post("/jobs", json=ONE_STEP).json()["id"]
+    told = server.client.get(f"/jobs/{job_id}/events").text
+    assert "event: done\n" in told
+    last = re.findall(r"^id: (\d+)$", told, re.MULTILINE)[-1]
+    again = server.client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": last})
+    assert (again.status_code, again.content) == (204, b"")
+    server.get("/health")
+
+
 class _Links(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()

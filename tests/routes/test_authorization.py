@@ -3,7 +3,6 @@
 A route without an entry in DOORS fails the test: whoever adds one says here who may use it.
 """
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -182,22 +181,10 @@ class House:
 
 
 @pytest.fixture
-async def house(database: Database, database_url: str, tmp_path: Path) -> AsyncIterator[House]:
-    settings = builders.settings(
-        {"default": builders.source(tmp_path)},
-        auth="required",
-        workers=0,
-        database_url=database_url,
-        data_dir=tmp_path / "data",
-        output_dir=tmp_path / "output",
-        limit_requests_per_minute=0,
-        limit_queued=0,
-    )
-    app = create_app(settings)
-    async with app.router.lifespan_context(app):
-        opened = House(app, database, tmp_path / "output")
-        await opened.inhabit()
-        yield opened
+async def house(app: FastAPI, database: Database, tmp_path: Path) -> House:
+    opened = House(app, database, tmp_path / "output")
+    await opened.inhabit()
+    return opened
 
 
 def expected(door: Door, who: str) -> int:
