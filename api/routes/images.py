@@ -18,12 +18,12 @@ from api.routes.errors import error_answer, error_responses
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id
 from api.wire.images import Image, ImagePage
+from api.wire.text import Text
 
 router = APIRouter(prefix="/images", tags=["Images"])
 
 RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
 CACHE = "private, max-age=31536000, immutable"  # a picture never changes; it may be deleted
-TEXT = r"^[^\u0000-\u001f\u007f]*$"
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -74,16 +74,10 @@ async def list_images(
     service: ServiceDep,
     caller: CallerDep,
     words: Annotated[
-        str | None,
-        Query(
-            description="Words that all stand in the prompt; sensitive prompts are not searched.",
-            max_length=200,
-            pattern=TEXT,
-        ),
+        Text | None,
+        Query(description="Words that all stand in the prompt; sensitive prompts are not searched.", max_length=200),
     ] = None,
-    model: Annotated[
-        str | None, Query(description="Drawn by this model (`model_id`).", max_length=500, pattern=TEXT)
-    ] = None,
+    model: Annotated[Text | None, Query(description="Drawn by this model (`model_id`).", max_length=500)] = None,
     begin: Annotated[
         Moment | None,
         Query(alias="from", description="Drawn then or later: a day (UTC), or a time.", examples=["2026-01-07"]),
@@ -92,7 +86,7 @@ async def list_images(
         Moment | None,
         Query(alias="to", description="Drawn before that time, or on that day or before.", examples=["2026-01-31"]),
     ] = None,
-    tag: Annotated[str | None, Query(description="Filed under this word.", max_length=64, pattern=TEXT)] = None,
+    tag: Annotated[Text | None, Query(description="Filed under this word.", max_length=64)] = None,
     user_id: Annotated[UserId | None, Query(description="Whose; for administrators.")] = None,
     before: Annotated[Id | None, Query(description="Older than this picture.")] = None,
     limit: Annotated[int, Query(description="Most pictures on a page.", ge=1, le=100)] = 20,

@@ -25,6 +25,7 @@ from api.routes.service import ServiceDep
 from api.schemas import ErrorResponse
 from api.wire.accounts import Id
 from api.wire.jobs import Job, JobImage, JobPage, JobRequest, Status
+from api.wire.text import Text
 from api.wiring import Service
 
 log = structlog.get_logger()
@@ -33,7 +34,7 @@ router = APIRouter(prefix="/jobs", tags=["Jobs"])
 REAUTH_SECONDS = 30.0  # how long whoever follows a job may do so by a credential that has ended
 
 IdempotencyKey = Annotated[
-    str | None,
+    Text | None,
     Header(
         min_length=1,
         max_length=255,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from api.config import UserId
+from api.wire.text import Text
 
 Scope = Literal["draw", "read", "manage", "admin"]
 LimitName = Literal["queued", "running", "requests_per_minute", "images_per_day", "steps_per_day"]
@@ -64,7 +65,7 @@ class SignOut(_Sent):
 class SetUp(_Sent):
     """The first administrator, made with the link that the server printed."""
 
-    token: str = Field(max_length=100, description="What stands behind `#` in the link.", examples=["Jx3v…"])
+    token: Text = Field(max_length=100, description="What stands behind `#` in the link.", examples=["Jx3v…"])
     user_id: UserId = Field(description="Names the user everywhere.", examples=["root"])
     login: Line | None = Field(default=None, description="To sign in with; null is the `user_id`.", examples=[None])
     password: Password = Field(description="At least 10 characters.", examples=["correct horse battery"])

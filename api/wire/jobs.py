@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from api.schemas import ErrorResponse, GenerateRequest
+from api.wire.text import Text
 
 PLAIN = r"^[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?$"  # no control characters, no space around it
 Tag = Annotated[str, Field(min_length=1, max_length=64, pattern=PLAIN)]
@@ -22,7 +23,7 @@ class JobRequest(GenerateRequest):
     )
     tags: list[Tag] = Field(default_factory=list, max_length=16, description="Words to file it under.", examples=[[]])
     category: Tag | None = Field(default=None, description="What kind of picture it is.", examples=["portrait"])
-    webhook_url: str | None = Field(
+    webhook_url: Text | None = Field(
         default=None,
         max_length=2000,
         description="Where to tell of the end, by the Standard Webhooks rules.",
