@@ -77,7 +77,7 @@ async def list_keys(caller: CallerDep, accounts: AccountsDep) -> KeyList:
     "/me/keys",
     status_code=201,
     summary="Make an API key",
-    responses={**ERRORS, **error_responses(400, 409, 413, 422)},
+    responses={**ERRORS, **error_responses(400, 404, 409, 413, 422)},
     dependencies=MANAGE,
 )
 async def make_key(sent: NewKey, caller: CallerDep, accounts: AccountsDep) -> MadeKey:

@@ -97,7 +97,7 @@ SeenDep = Annotated[Seen, Depends(_seen)]
     "",
     status_code=202,
     summary="Draw a picture, without waiting for it",
-    responses=error_responses(400, 401, 403, 413, 422, 429, 503, 507),
+    responses=error_responses(400, 401, 403, 404, 413, 422, 429, 503, 507),
     dependencies=[Depends(require("draw"))],
 )
 async def make_job(

@@ -206,8 +206,11 @@ def expected(door: Door, who: str) -> int:
 @pytest.mark.anyio
 async def test_every_door_opens_to_whom_it_should_alone(house: House) -> None:
     wrong = []
+    paths = house.app.openapi()["paths"]
     for name, door in DOORS.items():
         things = await house.adas_things()
+        method, _, path = name.partition("?")[0].partition(" ")
+        documented = paths[path][method.lower()]["responses"]
         for who in house.keys:
             answer = await house.answer(name, who, things)
             if name.startswith("DELETE") and answer.is_success:
@@ -218,6 +221,8 @@ async def test_every_door_opens_to_whom_it_should_alone(house: House) -> None:
                 wrong.append(
                     f"{name} answers {who} {answer.status_code}, not {expected(door, who)}: {answer.text:.200}"
                 )
+            if str(answer.status_code) not in documented:
+                wrong.append(f"{name} answers {who} {answer.status_code}, which is not in the document")
             if answer.status_code == 401 and not door.public and "WWW-Authenticate" not in answer.headers:
                 wrong.append(f"{name} does not tell {who} how to sign in")
     assert not wrong, "\n".join(wrong)

@@ -28,6 +28,15 @@ async def key(database: Database) -> str:
     return await people.add_key(database, "ada")
 
 
+async def test_a_job_for_nobody_is_not_found_as_the_document_says(app: FastAPI, database: Database) -> None:
+    await people.add_user(database, "root", type="admin")
+    async with people.client_of(app, await people.add_key(database, "root")) as root:
+        for path in ("/jobs", "/generate", "/generate/image"):
+            answer = await root.post(path, json={"prompt": "a knight", "user_id": "nobody"})
+            assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+            assert "404" in app.openapi()["paths"][path]["post"]["responses"]
+
+
 def follow(app: FastAPI, job_id: str, credential: str, **headers: str) -> Stream:
     return Stream(app, f"/jobs/{job_id}/events", authorization=f"Bearer {credential}", **headers)
 
