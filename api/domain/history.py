@@ -1,8 +1,9 @@
 """Looking at jobs: one, a page of them, where one stands in the queue, and waiting for its end."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import BindParameter, FromClause, Select, and_, bindparam, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain.accounts import Caller
@@ -38,11 +39,23 @@ async def find(database: Database, caller: Caller, job_id: str) -> Seen:
         job = await session.get(Request, job_id)
         if job is None or not caller.may_see(job.user_id):
             raise NotFound("there is no such job")
-        if job.status in ENDED:
-            return Seen(job, await _images(session, job), None, None)
-        position, ahead = await _place(session, job)
-        pace = None if ahead is None else await _pace(session)
-        return Seen(job, [], position, _eta(job, ahead, pace))
+        return await _seen(session, job)
+
+
+async def look(database: Database, job: Request) -> Seen:
+    """Returns the job, whose row was read or written just now, with what belongs to it."""
+    async with database.reading() as session:
+        return await _seen(session, job)
+
+
+async def _seen(session: AsyncSession, job: Request) -> Seen:
+    if job.status == "succeeded":
+        images = await session.scalars(select(Image).where(Image.request_id == job.id).order_by(Image.position))
+        return Seen(job, list(images), None, None)
+    if job.status in ENDED:
+        return Seen(job, [], None, None)
+    line = await _line(session, job)
+    return Seen(job, [], line.position, _eta(job, line))
 
 
 async def page(
@@ -78,49 +91,61 @@ async def changed(wake: Wake, database: Database, caller: Caller, seen: Seen) ->
     return await find(database, caller, seen.job.id)
 
 
-async def _images(session: AsyncSession, job: Request) -> list[Image]:
-    if job.status != "succeeded":
-        return []
-    return list(await session.scalars(select(Image).where(Image.request_id == job.id).order_by(Image.position)))
+@dataclass(frozen=True)
+class _Line:
+    """The queue before a job."""
+
+    position: int | None  # 1 is next; None for a job that does not wait, or stands behind more than FARTHEST
+    ahead: int | None  # the work of the jobs before it, those that run included; None behind more than FARTHEST
+    pace: float | None  # seconds for a unit of work, by the last jobs; None before the first
 
 
-async def _pace(session: AsyncSession) -> float | None:
-    """Returns seconds per unit of work, by the last jobs; None before the first."""
+def _pace_now() -> FromClause:
     recent = select(Usage.seconds, Usage.work).order_by(Usage.request_id.desc()).limit(RECENT).subquery()
-    seconds, work = (await session.execute(select(func.sum(recent.c.seconds), func.sum(recent.c.work)))).one()
-    return float(seconds) / float(work) if work else None
+    return select(func.sum(recent.c.seconds), func.sum(recent.c.work)).subquery()
 
 
-async def _place(session: AsyncSession, job: Request) -> tuple[int | None, int | None]:
-    """Returns the job's place in the queue and the work before it.
-
-    1 is next; None where it does not wait, or stands behind more than FARTHEST: who looks must not count them all.
-    """
-    if job.status != "queued":
-        return None, 0
+def _line_before() -> Select[Any]:
+    priority: BindParameter[int] = bindparam("priority")
+    start_tag: BindParameter[int] = bindparam("start_tag")
+    job_id: BindParameter[str] = bindparam("id")
+    same = Request.priority == priority
     sooner = or_(
-        Request.priority > job.priority,
-        and_(
-            Request.priority == job.priority,
-            or_(
-                Request.start_tag < job.start_tag,
-                and_(Request.start_tag == job.start_tag, Request.id < job.id),
-            ),
-        ),
+        Request.priority > priority,
+        and_(same, Request.start_tag < start_tag),
+        and_(same, Request.start_tag == start_tag, Request.id < job_id),
     )
-    ahead = select(Request.work).where(QUEUED, sooner).limit(FARTHEST + 1).subquery()
-    counted = select(func.count(), func.coalesce(func.sum(ahead.c.work), 0)).select_from(ahead)
-    count, work = (await session.execute(counted)).one()
+    first = select(Request.work).where(QUEUED, sooner).limit(FARTHEST + 1).subquery()  # not all: they may be thousands
+    ahead = select(func.count(), func.sum(first.c.work)).select_from(first).subquery()
+    running = select(func.sum(Request.work)).where(RUNNING).subquery()
+    pace = _pace_now()
+    return select(pace, ahead, running).select_from(pace.join(ahead, true()).join(running, true()))
+
+
+# Made once, and all of it in one statement: asked for each job that comes, and again and again for those who watch.
+LINE_BEFORE = _line_before()
+PACE = select(_pace_now())
+
+
+async def _line(session: AsyncSession, job: Request) -> _Line:
+    if job.status == "running":
+        seconds, work = (await session.execute(PACE)).one()
+        return _Line(None, 0, _pace(seconds, work))
+    place = {"priority": job.priority, "start_tag": job.start_tag, "id": job.id}
+    seconds, work, count, before, begun = (await session.execute(LINE_BEFORE, place)).one()
     if count > FARTHEST:
-        return None, None
-    running = await session.scalar(select(func.sum(Request.work)).where(RUNNING))
-    return int(count) + 1, int(work) + int(running or 0)
+        return _Line(None, None, _pace(seconds, work))
+    return _Line(count + 1, int(before or 0) + int(begun or 0), _pace(seconds, work))
 
 
-def _eta(job: Request, ahead: int | None, pace: float | None) -> float | None:
-    if pace is None or ahead is None:
+def _pace(seconds: float | None, work: int | None) -> float | None:
+    return float(seconds) / float(work) if seconds is not None and work else None
+
+
+def _eta(job: Request, line: _Line) -> float | None:
+    if line.pace is None or line.ahead is None:
         return None
     left = job.work
     if job.status == "running" and job.step_count:
         left = job.work * (job.step_count - job.step) // job.step_count
-    return round((ahead + left) * pace, 1)
+    return round((line.ahead + left) * line.pace, 1)

@@ -1,6 +1,6 @@
 """What a user may use: the settings' limits, or what an administrator set instead, and what is left of them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from math import ceil
@@ -37,38 +37,76 @@ def limit(limits: Mapping[str, Any], settings: Settings, name: LimitName) -> int
     return int(getattr(settings, f"limit_{name}") if own is None else own)
 
 
-async def left(session: AsyncSession, user: User, settings: Settings) -> dict[LimitName, Left]:
-    """Returns the limits that the database counts. A day is UTC's; what waits or runs counts as if it were drawn."""
-    active, drawn = await _active(session, user.id), await _drawn_today(session, user.id)
-    used = {name: active[name] + drawn.get(name, 0) for name in active}
+@dataclass
+class Used:
+    """What a user has used of the limits that the database counts."""
+
+    queued: int = 0
+    running: int = 0
+    images_per_day: int = 0
+    steps_per_day: int = 0
+
+    def add(self, images: int, steps: int) -> None:
+        """Counts a job that waits from now on."""
+        self.queued += 1
+        self.images_per_day += images
+        self.steps_per_day += steps
+
+
+async def used(session: AsyncSession, user_ids: Collection[str]) -> dict[str, Used]:
+    """Returns what each of these users has used. A day is UTC's; what waits or runs counts as if it were drawn."""
+    active = (
+        select(
+            Request.user_id,
+            func.sum(case((Request.status == "queued", 1), else_=0)),
+            func.sum(case((Request.status == "running", 1), else_=0)),
+            func.sum(Request.images),
+            func.sum(Request.steps),
+        )
+        .where(Request.user_id.in_(user_ids), text("requests.status IN ('queued', 'running')"))  # as the index says it
+        .group_by(Request.user_id)
+    )
+    drawn = (
+        select(Usage.user_id, func.sum(Usage.images), func.sum(Usage.steps))
+        .where(Usage.user_id.in_(user_ids), Usage.created_at >= _tomorrow() - timedelta(days=1))
+        .group_by(Usage.user_id)
+    )
+    counted = {user_id: Used(*map(int, counts)) for user_id, *counts in await session.execute(active)}
+    for user_id, images, steps in await session.execute(drawn):
+        today = counted.setdefault(user_id, Used())
+        today.images_per_day += int(images)
+        today.steps_per_day += int(steps)
+    return {user_id: counted.get(user_id, Used()) for user_id in user_ids}
+
+
+def left(user: User, used: Used, settings: Settings) -> dict[LimitName, Left]:
+    """Returns the limits that the database counts, and what is left of them."""
+    names: tuple[LimitName, ...] = ("queued", "running", "images_per_day", "steps_per_day")
     return {
-        name: Left(limit(user.limits, settings, name), count, _tomorrow() if name in drawn else None)
-        for name, count in used.items()
+        name: Left(
+            limit(user.limits, settings, name), getattr(used, name), _tomorrow() if name.endswith("_per_day") else None
+        )
+        for name in names
     }
 
 
-async def check(session: AsyncSession, user: User, settings: Settings, images: int, steps: int) -> None:
-    """Refuses a request that a limit of its user has no room for. The transaction holds the user's row already.
+def check(user: User, used: Used, settings: Settings, images: int, steps: int) -> None:
+    """Refuses a request that a limit of its user has no room for. The transaction holds the user's row.
 
     Raises:
         LimitReached: it says which limit, how large it is, and when it resets.
     """
-    active = await _active(session, user.id)
-    queued = Left(limit(user.limits, settings, "queued"), active["queued"])
-    if queued.left == 0:
+    states = left(user, used, settings)
+    if states["queued"].left == 0:
         raise LimitReached(
-            f"{queued.used} jobs of yours are waiting, and {queued.limit} may (limit `queued`)",
+            f"{used.queued} jobs of yours are waiting, and {states['queued'].limit} may (limit `queued`)",
             "Send it again once one of them is being drawn.",
         )
     wanted: dict[LimitName, int] = {"images_per_day": images, "steps_per_day": steps}
-    limits = {name: most for name in wanted if (most := limit(user.limits, settings, name))}
-    if not limits:
-        return
-    drawn = await _drawn_today(session, user.id)
-    for name, most in limits.items():
-        state = Left(most, active[name] + drawn[name], _tomorrow())
-        if wanted[name] > (state.left or 0):
-            _refuse(name, state, wanted[name])
+    for name, number in wanted.items():
+        room = states[name].left
+        if room is not None and number > room:
+            _refuse(name, states[name], number)
 
 
 def _refuse(name: LimitName, state: Left, wanted: int) -> None:
@@ -84,31 +122,12 @@ def _refuse(name: LimitName, state: Left, wanted: int) -> None:
     )
 
 
-async def _active(session: AsyncSession, user_id: str) -> dict[LimitName, int]:
-    """Returns how many jobs wait and run, and what they will draw."""
-    sums = select(
-        func.coalesce(func.sum(case((Request.status == "queued", 1), else_=0)), 0),
-        func.coalesce(func.sum(case((Request.status == "running", 1), else_=0)), 0),
-        func.coalesce(func.sum(Request.images), 0),
-        func.coalesce(func.sum(Request.steps), 0),
-    ).where(Request.user_id == user_id, text("requests.status IN ('queued', 'running')"))  # as the index says it
-    names: tuple[LimitName, ...] = ("queued", "running", "images_per_day", "steps_per_day")
-    return dict(zip(names, map(int, (await session.execute(sums)).one()), strict=True))
-
-
-async def _drawn_today(session: AsyncSession, user_id: str) -> dict[LimitName, int]:
-    sums = select(func.coalesce(func.sum(Usage.images), 0), func.coalesce(func.sum(Usage.steps), 0))
-    today = sums.where(Usage.user_id == user_id, Usage.created_at >= _tomorrow() - timedelta(days=1))
-    images, steps = (await session.execute(today)).one()
-    return {"images_per_day": int(images), "steps_per_day": int(steps)}
-
-
 def _tomorrow() -> datetime:
     return now().replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
 
 
-async def ensure_user(session: AsyncSession, user_id: str) -> None:
-    """Makes the user a row unless there is one: with AUTH=open whoever is named exists."""
+async def ensure_users(session: AsyncSession, user_ids: Collection[str]) -> None:
+    """Makes each user a row unless there is one: with AUTH=open whoever is named exists."""
     insert = insert_postgresql if session.get_bind().dialect.name == "postgresql" else insert_sqlite
-    row = insert(User).values(id=user_id, name=user_id)
-    await session.execute(row.on_conflict_do_nothing(index_elements=[User.id]))
+    rows = insert(User).values([{"id": user_id, "name": user_id} for user_id in sorted(user_ids)])
+    await session.execute(rows.on_conflict_do_nothing(index_elements=[User.id]))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import Settings
 from api.domain import quota
 from api.domain.jobs import QUEUED, charge
+from api.domain.quota import Used
 from api.domain.wake import Wake
 from api.errors import (
     Busy,
@@ -33,6 +34,7 @@ from api.store.vault import Vault
 RANDOM_SEEDS = 2**32
 BATCH = 64  # requests in one transaction
 MOST_WAITING = 2000  # requests that wait for theirs
+Same = tuple[str, str]  # a user and an Idempotency-Key
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Order:
     priority: int = 0
     webhook_url: str | None = None
     idempotency_key: str | None = None
+
+    @property
+    def same(self) -> Same | None:
+        """What orders have in common that shall make one job; None for one that makes a job of its own."""
+        return (self.user_id, self.idempotency_key) if self.idempotency_key else None
 
 
 class Desk:
@@ -114,15 +121,10 @@ class Desk:
 
     async def _write(self, batch: Sequence[_Waiting]) -> None:
         """Writes every order that may be accepted, or none. The answers are given after the commit."""
-        answers: list[tuple[_Waiting, Request | SitterError]] = []
         async with self._database.transaction() as session:
-            line = await _line(session)
-            # By user: two processes then lock the users' rows in the same order.
-            for waiting in sorted(batch, key=lambda waiting: waiting.order.user_id):
-                try:
-                    answers.append((waiting, await self._accept(session, line, waiting.order)))
-                except SitterError as refusal:
-                    answers.append((waiting, refusal))
+            book = await self._open_book(session, [waiting.order for waiting in batch])
+            answers = [(waiting, self._answer(book, waiting.order)) for waiting in batch]
+            session.add_all(book.new)
         for waiting, answer in answers:
             if isinstance(answer, SitterError):
                 _refuse(waiting, answer)
@@ -130,25 +132,58 @@ class Desk:
                 waiting.job.set_result(answer)
         self._wake.wake(Wake.QUEUE)
 
-    async def _accept(self, session: AsyncSession, line: _Line, order: Order) -> Request:
+    async def _open_book(self, session: AsyncSession, orders: Sequence[Order]) -> _Book:
+        users = await self._hold(session, {order.user_id for order in orders})
+        queued = select(func.count()).where(QUEUED).scalar_subquery()
+        virtual_time, waiting = (await session.execute(select(Queue.virtual_time, queued))).one()
+        return _Book(virtual_time, waiting, users, await quota.used(session, users), await _known(session, orders))
+
+    async def _hold(self, session: AsyncSession, user_ids: set[str]) -> dict[str, User]:
+        """Returns those users who exist. Their rows are held from here on: of two requests one takes the last place.
+
+        In the order of their ids: two processes that want the same rows do not wait for each other.
+        """
+        held = select(User).where(User.id.in_(user_ids)).order_by(User.id).with_for_update()
+        users = {user.id: user for user in await session.scalars(held)}
+        if self._settings.auth == "open" and (missing := user_ids - users.keys()):
+            await quota.ensure_users(session, missing)
+            users = {user.id: user for user in await session.scalars(held)}
+        return users
+
+    def _answer(self, book: _Book, order: Order) -> Request | SitterError:
+        try:
+            return self._accept(book, order)
+        except SitterError as refusal:
+            return refusal
+
+    def _accept(self, book: _Book, order: Order) -> Request:
         said = (order.sensitive, order.tags, order.category, order.priority, order.webhook_url)
-        body = repr((order.request.model_dump_json(), *said))
-        if order.idempotency_key and (known := await _known(session, order)):
-            if not self._vault.matches(known.body_hash, body.encode()):
+        body = repr((order.request.model_dump_json(), *said)).encode()
+        if known := book.known.get(order.same):
+            if not self._vault.matches(known.body_hash, body):
                 raise KeyReused("this Idempotency-Key was used for another request")
             return known
-        user = await self._hold(session, order.user_id)
-        if line.queued >= self._settings.max_queued:
-            raise Busy(f"{line.queued} jobs are waiting already")
+        user = book.users.get(order.user_id)
+        if user is None:
+            raise NotFound(f"there is no user {order.user_id}")
+        if user.disabled:
+            raise NotAuthenticated("this user is disabled")
+        if book.queued >= self._settings.max_queued:
+            raise Busy(f"{book.queued} jobs are waiting already")
         request = order.request
         steps = request.num_images * request.num_inference_steps
-        await quota.check(session, user, self._settings, images=request.num_images, steps=steps)
-        start_tag = max(line.virtual_time, user.finish_tag)
-        user.finish_tag = start_tag + charge(order.priority, work(request))
+        quota.check(user, book.used[user.id], self._settings, images=request.num_images, steps=steps)
+        job = self._job(order, body, steps, start_tag=max(book.virtual_time, user.finish_tag))
+        user.finish_tag = job.start_tag + charge(job.priority, job.work)
+        book.add(order, job)
+        return job
+
+    def _job(self, order: Order, body: bytes, steps: int, start_tag: int) -> Request:
+        request = order.request
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
         sensitive = order.sensitive or self._settings.sensitive_prompts
         keep = self._vault.seal if sensitive else str
-        job = Request(
+        return Request(
             user_id=order.user_id,
             description=keep(request.prompt),
             negative_prompt=request.negative_prompt and keep(request.negative_prompt),
@@ -159,43 +194,32 @@ class Desk:
             model_id=self._settings.source_for(order.user_id).model_id,
             webhook_url=order.webhook_url,
             idempotency_key=order.idempotency_key,
-            body_hash=self._vault.digest(body.encode()),
+            body_hash=self._vault.digest(body),
             priority=order.priority,
             images=request.num_images,
             steps=steps,
             work=work(request),
             start_tag=start_tag,
         )
-        session.add(job)
-        await session.flush()
-        line.queued += 1
-        return job
-
-    async def _hold(self, session: AsyncSession, user_id: str) -> User:
-        """Returns the user, whose row is held from here on: two requests at once cannot both take the last place."""
-        held = select(User).where(User.id == user_id).with_for_update()
-        user = await session.scalar(held)
-        if user is None and self._settings.auth == "open":
-            await quota.ensure_user(session, user_id)
-            user = await session.scalar(held)
-        if user is None:
-            raise NotFound(f"there is no user {user_id}")
-        if user.disabled:
-            raise NotAuthenticated("this user is disabled")
-        return user
 
 
 @dataclass
-class _Line:
-    """The queue as a transaction finds it, and as it makes it longer."""
+class _Book:
+    """What a transaction finds before it accepts orders, and what it accepts."""
 
     virtual_time: int
     queued: int
+    users: dict[str, User]
+    used: dict[str, Used]
+    known: dict[Same | None, Request]
+    new: list[Request] = field(default_factory=list)
 
-
-async def _line(session: AsyncSession) -> _Line:
-    queued = select(func.count()).where(QUEUED).scalar_subquery()
-    return _Line(*(await session.execute(select(Queue.virtual_time, queued))).one())
+    def add(self, order: Order, job: Request) -> None:
+        self.new.append(job)
+        self.queued += 1
+        self.used[job.user_id].add(job.images, job.steps)
+        if order.same:
+            self.known[order.same] = job
 
 
 @dataclass(frozen=True)
@@ -211,10 +235,14 @@ def _refuse(waiting: _Waiting, error: Exception) -> None:
         waiting.job.set_exception(error)
 
 
-async def _known(session: AsyncSession, order: Order) -> Request | None:
-    same_key = (Request.user_id == order.user_id, Request.idempotency_key == order.idempotency_key)
-    job: Request | None = await session.scalar(select(Request).where(*same_key))
-    return job
+async def _known(session: AsyncSession, orders: Sequence[Order]) -> dict[Same | None, Request]:
+    """Returns the jobs that the orders' Idempotency-Keys made before."""
+    sent = {order.same for order in orders if order.same}
+    if not sent:
+        return {}
+    same = tuple_(Request.user_id, Request.idempotency_key)
+    found = await session.scalars(select(Request).where(same.in_(sent)))
+    return {(job.user_id, job.idempotency_key or ""): job for job in found}
 
 
 def work(request: GenerateRequest) -> int:

@@ -148,7 +148,8 @@ async def me(accounts: Accounts, caller: Caller) -> Me:
 
 async def limits_left(accounts: Accounts, session: AsyncSession, user: User) -> Limits:
     """Returns the limits in force for a user, and what is left of them."""
-    states = await quota.left(session, user, accounts.settings)
+    used = await quota.used(session, [user.id])
+    states = quota.left(user, used[user.id], accounts.settings)
     per_minute = quota.limit(user.limits, accounts.settings, "requests_per_minute")
     states["requests_per_minute"] = await accounts.limiter.left(user.id, per_minute)
     return {

@@ -72,7 +72,7 @@ async def webhook_secret(database: Database, vault: Vault, settings: Settings, u
     """
     if settings.auth == "open":
         async with database.transaction() as session:
-            await quota.ensure_user(session, user_id)
+            await quota.ensure_users(session, [user_id])
     async with database.reading() as session:
         user = await session.get(User, user_id)
     if user is None:

@@ -22,7 +22,7 @@ session_cookie = APIKeyCookie(
 )
 
 
-def get_accounts(service: ServiceDep) -> Accounts:
+async def get_accounts(service: ServiceDep) -> Accounts:
     """Returns what signing in needs."""
     return service.accounts
 

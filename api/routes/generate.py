@@ -20,6 +20,7 @@ from api.routes.errors import error_responses
 from api.routes.jobs import IdempotencyKey, JobBody, accept, describe
 from api.routes.service import ServiceDep
 from api.schemas import GeneratedImage, GenerateResponse, Timings
+from api.store import tables
 from api.wire.jobs import Job
 from api.wiring import Service
 
@@ -58,8 +59,8 @@ async def generate_json(
     The picture is drawn even when you do not wait for the answer: find it under /jobs and /images.
     """
     began = time.perf_counter()
-    job_id = await accept(request, service, caller, idempotency_key)
-    done = await _wait(http, service, caller, job_id, prefer, began)
+    job = await accept(request, service, caller, idempotency_key)
+    done = await _wait(http, service, caller, job, prefer, began)
     return _describe(done, service) if isinstance(done, _Finished) else done
 
 
@@ -97,8 +98,8 @@ async def generate_png(
     began = time.perf_counter()
     if request.num_images != 1:
         raise InvalidRequest("/generate/image answers with one picture", "Leave num_images at 1, or use /generate.")
-    job_id = await accept(request, service, caller, idempotency_key)
-    done = await _wait(http, service, caller, job_id, prefer, began)
+    job = await accept(request, service, caller, idempotency_key)
+    done = await _wait(http, service, caller, job, prefer, began)
     if isinstance(done, Response):
         return done
     headers = {
@@ -113,7 +114,7 @@ async def generate_png(
 
 
 async def _wait(
-    http: Request, service: Service, caller: CallerDep, job_id: str, prefer: str | None, began: float
+    http: Request, service: Service, caller: CallerDep, job: tables.Request, prefer: str | None, began: float
 ) -> _Finished | Response:
     """Returns the finished job; the answer 202 where the caller prefers not to wait so long.
 
@@ -121,7 +122,7 @@ async def _wait(
         SitterError: the job failed or was cancelled, has to wait for room on the disk, or the server stops.
     """
     patience = _patience(prefer)
-    seen = await history.find(service.database, caller, job_id)
+    seen = await history.look(service.database, job)
     try:
         while seen.job.status not in ENDED:
             if seen.job.status == "queued" and seen.job.error_code is not None:
@@ -130,7 +131,7 @@ async def _wait(
             if service.worker.draining and seen.job.status == "queued":
                 raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.")
             if time.perf_counter() - began >= patience or await http.is_disconnected():
-                location = {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}
+                location = {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
                 return JSONResponse(describe(seen, service, caller).model_dump(mode="json"), 202, location)
             seen = await history.changed(service.wake, service.database, caller, seen)
     except asyncio.CancelledError as error:  # by uvicorn, whose patience with what still runs is at its end

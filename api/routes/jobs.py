@@ -23,6 +23,7 @@ from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
 from api.routes.service import ServiceDep
 from api.schemas import ErrorResponse
+from api.store.tables import Request
 from api.wire.accounts import Id
 from api.wire.jobs import Job, JobImage, JobPage, JobRequest, Status
 from api.wire.text import Text
@@ -54,8 +55,8 @@ JobBody = Annotated[
 ]
 
 
-async def accept(request: JobRequest, service: Service, caller: CallerDep, idempotency_key: str | None) -> str:
-    """Accepts a request for whoever it may be made for; returns the id of its job.
+async def accept(request: JobRequest, service: Service, caller: CallerDep, idempotency_key: str | None) -> Request:
+    """Accepts a request for whoever it may be made for; returns its job.
 
     Raises:
         Forbidden: the caller may not ask for this.
@@ -80,7 +81,7 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
     )
     job = await service.desk.submit(order)
     structlog.contextvars.bind_contextvars(job=job.id)  # the line about the request tells it
-    return job.id
+    return job
 
 
 JobId = Annotated[Id, Path(description="Names the job.", examples=["019a9f3c2d10b1946ac93f21d07e"])]
@@ -108,9 +109,9 @@ async def make_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Accepts a job: once this answers, the picture will be drawn, whatever happens to the server."""
-    job_id = await accept(request, service, caller, idempotency_key)
-    response.headers["Location"] = f"/jobs/{job_id}"
-    return describe(await history.find(service.database, caller, job_id), service, caller)
+    job = await accept(request, service, caller, idempotency_key)
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return describe(await history.look(service.database, job), service, caller)
 
 
 @router.get(

@@ -7,8 +7,8 @@ from fastapi import Depends, Request
 from api.wiring import Service
 
 
-def get_service(request: Request) -> Service:
-    """Returns the service that the lifespan opened."""
+async def get_service(request: Request) -> Service:
+    """Returns the service that the lifespan opened. On the event loop: FastAPI would send a plain `def` to a thread."""
     service: Service = request.app.state.service
     return service
 

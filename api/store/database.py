@@ -57,6 +57,7 @@ class Database:
                 self.url,
                 connect_args={"timeout": BUSY_SECONDS},
                 pool_size=8,
+                max_overflow=0,  # each is a thread: better waited for than made and ended all the time
                 pool_timeout=BUSY_SECONDS,
                 hide_parameters=True,  # prompts are among them, and errors are logged
             )

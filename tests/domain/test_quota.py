@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import func, select, text
 
 from api.domain import quota
-from api.domain.quota import Left
+from api.domain.quota import Left, Used
 from api.errors import LimitReached
 from api.store.database import Database
 from api.store.tables import Usage, User, new_id, now
@@ -19,7 +19,8 @@ async def asked(database: Database, images: int = 1, steps: int = 30, **limits: 
     """Asks for pictures as ada, who may have so many."""
     async with database.reading() as session:
         ada = await session.get_one(User, "ada")
-        await quota.check(session, ada, builders.settings(**limits), images, steps)
+        used = await quota.used(session, ["ada"])
+        quota.check(ada, used["ada"], builders.settings(**limits), images, steps)
 
 
 async def given(database: Database, *more: Any, own: dict[str, int] | None = None) -> None:
@@ -76,11 +77,19 @@ async def test_an_administrators_limits_replace_the_settings(database: Database)
         await asked(database, images=3, limit_images_per_day=1)
 
 
+async def test_each_user_is_counted_alone(database: Database) -> None:
+    await given(database, rows.request("ada", images=2, steps=60), drawn("bo", 3, 90), rows.request("bo"))
+    async with database.reading() as session:
+        found = await quota.used(session, ["ada", "bo", "chi"])
+    assert found == {"ada": Used(1, 0, 2, 60), "bo": Used(1, 0, 4, 120), "chi": Used()}
+
+
 async def test_what_is_left(database: Database) -> None:
     await given(database, drawn("ada", 3, 90), rows.request("ada"), rows.request("ada", status="running"))
     settings = builders.settings(limit_queued=5, limit_running=1, limit_images_per_day=4)
     async with database.reading() as session:
-        found = await quota.left(session, await session.get_one(User, "ada"), settings)
+        used = await quota.used(session, ["ada"])
+        found = quota.left(await session.get_one(User, "ada"), used["ada"], settings)
     midnight = found["images_per_day"].resets_at
     assert midnight is not None
     assert found == {
@@ -95,11 +104,11 @@ async def test_what_is_left(database: Database) -> None:
 async def test_a_user_is_made_once(database: Database) -> None:
     for _ in range(2):
         async with database.transaction() as session:
-            await quota.ensure_user(session, "ada")
-            await quota.ensure_user(session, "ada")
+            await quota.ensure_users(session, ["ada"])
+            await quota.ensure_users(session, ["ada", "bo"])
     async with database.reading() as session:
         ada = await session.get_one(User, "ada")
-        assert await session.scalar(select(func.count()).select_from(User)) == 1
+        assert await session.scalar(select(func.count()).select_from(User)) == 2
     assert (ada.name, ada.type, ada.disabled, ada.limits) == ("ada", "user", False, {})
 
 
