@@ -28,7 +28,8 @@ async def enqueue(database: Database, user_id: str, **fields: Any) -> str:
 async def take(
     database: Database, *, warm: tuple[str, ...] = (), warm_first_seconds: float = 5.0, max_running: int = 0
 ) -> Claim | None:
-    return await jobs.claim(database, "worker", warm, warm_first_seconds, max_running)
+    claims = await jobs.claim(database, "worker", warm, warm_first_seconds, max_running, 1)
+    return claims[0] if claims else None
 
 
 async def taken(database: Database, **how: Any) -> Claim:

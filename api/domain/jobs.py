@@ -63,9 +63,9 @@ def charge(priority: int, work: int) -> int:
 
 
 async def claim(
-    database: Database, worker: str, warm: Collection[str], warm_first_seconds: float, max_running: int
-) -> Claim | None:
-    """Takes the next job of the fair queue, or None when there is none that may run.
+    database: Database, worker: str, warm: Collection[str], warm_first_seconds: float, max_running: int, most: int
+) -> list[Claim]:
+    """Takes the next jobs of the fair queue: fewer than `most` when there are no more that may run.
 
     Args:
         database: where the queue is.
@@ -74,31 +74,47 @@ async def claim(
             the queue has waited less than `warm_first_seconds`.
         warm_first_seconds: see `warm`.
         max_running: jobs that one user may have running at once, unless their own limits say otherwise; 0 is no limit.
+        most: how many are wanted.
     """
-    token = secrets.token_hex(16)
+    claims: list[Claim] = []
     async with database.transaction() as session:
-        # One claim at a time: two at once would both count the same running jobs and pass a user's cap.
+        # One at a time: two at once would both count the same running jobs and pass a user's cap.
         await session.execute(select(Queue.id).with_for_update())
-        queued = select(Request).where(QUEUED, Request.user_id.not_in(await _users_at_their_cap(session, max_running)))
-        take = queued.order_by(*ORDER).limit(1).with_for_update(skip_locked=True)
-        job = head = await session.scalar(take)
-        if job is None or head is None:
-            return None
-        waited = (now() - head.created_at).total_seconds()
-        # Less than nothing says that two clocks differ: nobody is overtaken for that.
-        if head.model_id not in warm and 0 <= waited < warm_first_seconds and warm:
-            overtaking = take.where(Request.model_id.in_(warm), Request.priority == head.priority)
-            job = await session.scalar(overtaking) or head
-        job.status, job.token, job.worker, job.phase = "running", token, worker, "loading"
-        job.attempt += 1
-        job.revision += 1
-        job.step = job.step_count = job.preview_step = 0
-        job.preview = job.error_code = job.error_detail = job.error_hint = None
-        job.started_at = now()
-        # By the head: whoever is overtaken is still at the present, and who comes next does not get behind them.
-        await session.execute(
-            update(Queue).where(Queue.virtual_time < head.start_tag).values(virtual_time=head.start_tag)
-        )
+        while len(claims) < most:
+            capped = await _users_at_their_cap(session, max_running)
+            job = await _next(session, capped, warm, warm_first_seconds)
+            if job is None:
+                break
+            claims.append(_begin(job, worker))
+    return claims
+
+
+async def _next(
+    session: AsyncSession, capped: Collection[str], warm: Collection[str], warm_first_seconds: float
+) -> Request | None:
+    """Returns the job whose turn it is, and moves virtual time to the head of the queue."""
+    queued = select(Request).where(QUEUED, Request.user_id.not_in(capped))
+    take = queued.order_by(*ORDER).limit(1).with_for_update(skip_locked=True)
+    head: Request | None = await session.scalar(take)
+    if head is None:
+        return None
+    # By the head: whoever is overtaken is still at the present, and who comes next does not get behind them.
+    await session.execute(update(Queue).where(Queue.virtual_time < head.start_tag).values(virtual_time=head.start_tag))
+    waited = (now() - head.created_at).total_seconds()
+    # Less than nothing says that two clocks differ: nobody is overtaken for that.
+    if head.model_id in warm or not warm or not 0 <= waited < warm_first_seconds:
+        return head
+    return await session.scalar(take.where(Request.model_id.in_(warm), Request.priority == head.priority)) or head
+
+
+def _begin(job: Request, worker: str) -> Claim:
+    token = secrets.token_hex(16)
+    job.status, job.token, job.worker, job.phase = "running", token, worker, "loading"
+    job.attempt += 1
+    job.revision += 1
+    job.step = job.step_count = job.preview_step = 0
+    job.preview = job.error_code = job.error_detail = job.error_hint = None
+    job.started_at = now()
     return Claim(job, token)
 
 
@@ -134,13 +150,6 @@ async def beat(database: Database, claims: Iterable[tuple[Claim, Progress]]) -> 
             elif wish:
                 cancelled.add(claim.token)
     return lost, cancelled
-
-
-async def holds(database: Database, claim: Claim) -> bool:
-    """Tells whether the job is still this claim's."""
-    async with database.reading() as session:
-        mine = select(Request.id).where(Request.id == claim.job.id, RUNNING, Request.token == claim.token)
-        return await session.scalar(mine) is not None
 
 
 async def publish(database: Database, claim: Claim, finished: Finished) -> bool:

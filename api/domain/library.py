@@ -183,20 +183,26 @@ async def sweep(pictures: PictureFolder, database: Database, seconds: float = OR
     """
     parts = await anyio.to_thread.run_sync(pictures.delete_parts_older_than, seconds)
     old = await anyio.to_thread.run_sync(lambda: {name: end for name, _, end in pictures.pictures_older_than(seconds)})
-    names = list(old)
     async with database.reading() as session:
         # Jobs first: one that is published between the two is known by its rows.
         under_way = list(await session.scalars(select(Request.id).where(Request.status.in_(["queued", "running"]))))
-        known: set[str] = set()
+    ends = {job_id[-length:] for job_id in under_way for length in {len(end) for end in old.values()}}
+    orphans = await delete_unknown(pictures, database, [name for name, end in old.items() if end not in ends])
+    if orphans or parts:
+        log.info("swept", files=orphans + parts)
+    return orphans + parts
+
+
+async def delete_unknown(pictures: PictureFolder, database: Database, names: Sequence[str]) -> int:
+    """Removes those of these files that no row knows, nor will; returns how many those were."""
+    known: set[str] = set()
+    async with database.reading() as session:
         for start in range(0, len(names), ROWS_AT_ONCE):
             some = tables.Image.image_url.in_(names[start : start + ROWS_AT_ONCE])
             known.update(await session.scalars(select(tables.Image.image_url).where(some)))
-    ends = {job_id[-length:] for job_id in under_way for length in {len(end) for end in old.values()}}
-    orphans = [name for name, end in old.items() if name not in known and end not in ends]
-    await delete_files(pictures, orphans)
-    if orphans or parts:
-        log.info("swept", files=len(orphans) + parts)
-    return len(orphans) + parts
+    unknown = [name for name in names if name not in known]
+    await delete_files(pictures, unknown)
+    return len(unknown)
 
 
 def _with_request() -> Select[tables.Image, Request]:

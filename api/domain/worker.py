@@ -17,6 +17,7 @@ from api.config import Settings
 from api.domain import jobs
 from api.domain.generate import Studio, draw, forget_earlier_attempts, save
 from api.domain.jobs import Claim, Finished, Progress, Watchman
+from api.domain.library import delete_unknown
 from api.domain.metrics import Metrics
 from api.domain.wake import Wake
 from api.errors import Cancelled, DatabaseUnavailable, ShuttingDown, SitterError, StorageFull
@@ -146,24 +147,23 @@ class Worker:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _claim_forever(self, slots: int) -> None:
-        free = asyncio.Semaphore(slots)
         while not self.draining:
-            await free.acquire()
             async with self._claiming:
-                claim = await self._claim()
-                if claim is not None:
+                wanted = slots - len(self._running)
+                claims = await self._claim(wanted) if wanted else []
+                for claim in claims:
                     # A task of its own: it outlives the end of this loop, see `stop`.
                     task = asyncio.create_task(self._draw(claim))
                     self._running.add(task)
                     task.add_done_callback(self._running.discard)
-                    task.add_done_callback(lambda _: free.release())
-            if claim is None:
-                free.release()
+            if len(claims) < wanted:
                 await self._wake.wait(Wake.QUEUE, POLL_SECONDS)
+            elif self._running:
+                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _claim(self) -> Claim | None:
+    async def _claim(self, most: int) -> list[Claim]:
         if self.draining or time.monotonic() < self._paused_until:
-            return None
+            return []
         settings = self._settings
         with _going_on():
             self._studio.pictures.require_room()
@@ -173,8 +173,9 @@ class Worker:
                 self._studio.models.warm(),
                 settings.warm_first_seconds,
                 settings.limit_running,
+                most,
             )
-        return None
+        return []
 
     async def _draw(self, claim: Claim) -> None:
         job = self._in_hand[claim.token] = _InHand(claim, self._metrics.steps)
@@ -188,7 +189,8 @@ class Worker:
             del self._in_hand[claim.token]
             self._wake.wake(claim.job.id)
             self._wake.wake(Wake.QUEUE)  # a place among its user's running jobs is free
-            self._wake.wake(Wake.WEBHOOKS)
+            if claim.job.webhook_url:
+                self._wake.wake(Wake.WEBHOOKS)
 
     async def _end(self, job: _InHand) -> bool:
         """Draws and ends the job. Returns False when somebody else did, or will."""
@@ -203,9 +205,6 @@ class Worker:
         try:
             drawn = await draw(self._studio, job.claim.job, job.on_step)
             job.raise_if_stopped()
-            # Who was paused for longer than a lease learns here that the picture is another's to save.
-            if not await self._insist(job, partial(jobs.holds, self._database, job.claim)):
-                raise LeaseLost
             finished = await save(self._studio, job.claim.job, drawn)
         except Exception as error:
             return partial(self._end_undrawn, job.claim, error)
@@ -216,6 +215,8 @@ class Worker:
         if published:
             self._metrics.job_ended("succeeded", timings=finished.timings, cache_hit=finished.cache_hit)
             await forget_earlier_attempts(self._studio, claim.job)
+        else:
+            await delete_unknown(self._studio.pictures, self._database, [image.image_url for image in finished.images])
         return published
 
     async def _end_undrawn(self, claim: Claim, error: Exception) -> bool:

@@ -20,7 +20,6 @@ from api.routes.errors import error_responses
 from api.routes.jobs import IdempotencyKey, JobBody, accept, describe
 from api.routes.service import ServiceDep
 from api.schemas import GeneratedImage, GenerateResponse, Timings
-from api.store import tables
 from api.wire.jobs import Job
 from api.wiring import Service
 
@@ -59,8 +58,8 @@ async def generate_json(
     The picture is drawn even when you do not wait for the answer: find it under /jobs and /images.
     """
     began = time.perf_counter()
-    job = await accept(request, service, caller, idempotency_key)
-    done = await _wait(http, service, caller, job, prefer, began)
+    seen = await accept(request, service, caller, idempotency_key)
+    done = await _wait(http, service, caller, seen, prefer, began)
     return _describe(done, service) if isinstance(done, _Finished) else done
 
 
@@ -98,8 +97,8 @@ async def generate_png(
     began = time.perf_counter()
     if request.num_images != 1:
         raise InvalidRequest("/generate/image answers with one picture", "Leave num_images at 1, or use /generate.")
-    job = await accept(request, service, caller, idempotency_key)
-    done = await _wait(http, service, caller, job, prefer, began)
+    seen = await accept(request, service, caller, idempotency_key)
+    done = await _wait(http, service, caller, seen, prefer, began)
     if isinstance(done, Response):
         return done
     headers = {
@@ -114,7 +113,7 @@ async def generate_png(
 
 
 async def _wait(
-    http: Request, service: Service, caller: CallerDep, job: tables.Request, prefer: str | None, began: float
+    http: Request, service: Service, caller: CallerDep, seen: Seen, prefer: str | None, began: float
 ) -> _Finished | Response:
     """Returns the finished job; the answer 202 where the caller prefers not to wait so long.
 
@@ -122,7 +121,6 @@ async def _wait(
         SitterError: the job failed or was cancelled, has to wait for room on the disk, or the server stops.
     """
     patience = _patience(prefer)
-    seen = await history.look(service.database, job)
     try:
         while seen.job.status not in ENDED:
             if seen.job.status == "queued" and seen.job.error_code is not None:
@@ -131,7 +129,7 @@ async def _wait(
             if service.worker.draining and seen.job.status == "queued":
                 raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.")
             if time.perf_counter() - began >= patience or await http.is_disconnected():
-                location = {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+                location = {"Location": f"/jobs/{seen.job.id}", "Preference-Applied": "respond-async"}
                 return JSONResponse(describe(seen, service, caller).model_dump(mode="json"), 202, location)
             seen = await history.changed(service.wake, service.database, caller, seen)
     except asyncio.CancelledError as error:  # by uvicorn, whose patience with what still runs is at its end

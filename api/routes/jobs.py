@@ -23,7 +23,6 @@ from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
 from api.routes.service import ServiceDep
 from api.schemas import ErrorResponse
-from api.store.tables import Request
 from api.wire.accounts import Id
 from api.wire.jobs import Job, JobImage, JobPage, JobRequest, Status
 from api.wire.text import Text
@@ -55,7 +54,7 @@ JobBody = Annotated[
 ]
 
 
-async def accept(request: JobRequest, service: Service, caller: CallerDep, idempotency_key: str | None) -> Request:
+async def accept(request: JobRequest, service: Service, caller: CallerDep, idempotency_key: str | None) -> Seen:
     """Accepts a request for whoever it may be made for; returns its job.
 
     Raises:
@@ -81,7 +80,7 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
     )
     job = await service.desk.submit(order)
     structlog.contextvars.bind_contextvars(job=job.id)  # the line about the request tells it
-    return job
+    return await history.look(service.database, job)
 
 
 JobId = Annotated[Id, Path(description="Names the job.", examples=["019a9f3c2d10b1946ac93f21d07e"])]
@@ -109,9 +108,9 @@ async def make_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Accepts a job: once this answers, the picture will be drawn, whatever happens to the server."""
-    job = await accept(request, service, caller, idempotency_key)
-    response.headers["Location"] = f"/jobs/{job.id}"
-    return describe(await history.look(service.database, job), service, caller)
+    seen = await accept(request, service, caller, idempotency_key)
+    response.headers["Location"] = f"/jobs/{seen.job.id}"
+    return describe(seen, service, caller)
 
 
 @router.get(

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -53,16 +52,18 @@ class Database:
         self.url = async_url(url)
         self.is_sqlite = self.url.startswith("sqlite")
         if self.is_sqlite:
+            from api.store import sqlite
+
             self._engine = create_async_engine(
                 self.url,
-                connect_args={"timeout": BUSY_SECONDS},
+                connect_args={"async_creator_fn": sqlite.connect, "timeout": BUSY_SECONDS},
                 pool_size=8,
                 max_overflow=0,  # each is a thread: better waited for than made and ended all the time
                 pool_timeout=BUSY_SECONDS,
                 hide_parameters=True,  # prompts are among them, and errors are logged
             )
-            event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
-            event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
+            event.listen(self._engine.sync_engine, "connect", sqlite.prepare)
+            event.listen(self._engine.sync_engine, "begin", sqlite.begin)
         else:
             from api.store import postgresql  # its driver is not loaded for SQLite
 
@@ -171,17 +172,3 @@ def migrate(url: str) -> None:
     except DatabaseUnavailable as error:  # the operator reads this one: with what the driver says
         said = getattr(error.__cause__, "orig", None)
         raise DatabaseUnavailable(f"{error.detail}: {str(said).splitlines()[0]}") if said else error from error
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions begin where we say, see `_begin_sqlite`
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Any) -> None:
-    # A transaction that begins by reading and then writes may be refused: a writer says so at once.
-    write = connection.get_execution_options().get("write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -78,11 +78,11 @@ class Faults:
         sync, end, publish = os.fsync, jobs._end, jobs.publish
 
         async def claim_then(*args: Any) -> Any:
-            got = await claim(*args)
-            if got is not None:
+            claims = await claim(*args)
+            for got in claims:
                 self._job = got.job
                 self.at("claimed")
-            return got
+            return claims
 
         def on_step_then(job: Any, step: Any) -> None:
             on_step(job, step)

@@ -14,6 +14,7 @@ from api.domain.submit import Desk, Order
 from api.store.database import Database
 from api.store.tables import Queue, Request, User
 from tests import builders
+from tests.jobs import take
 
 USERS = ("ada", "bo", "chi")
 SUBMIT = some.tuples(some.just("submit"), some.sampled_from(USERS), some.integers(1, 40))
@@ -88,9 +89,9 @@ async def test_nobody_gets_ahead_by_more_than_two_jobs(
                 del ledger.waiting[user_id][job_id]
         else:
             for _ in range(number):
-                if claim := await jobs.claim(database, "worker", (), 0.0, 0):
+                if claim := await take(database, warm_first_seconds=0.0):
                     ledger.claimed(claim.job)
-    while claim := await jobs.claim(database, "worker", (), 0.0, 0):
+    while claim := await take(database, warm_first_seconds=0.0):
         ledger.claimed(claim.job)
     assert not any(ledger.waiting.values())
 
@@ -103,9 +104,9 @@ async def test_who_waited_does_not_wait_for_a_crowd_that_comes_later(
     for _ in range(20):
         await desk.submit(Order(builders.request(user_id="ada"), "ada"))
     for _ in range(5):
-        assert (await jobs.claim(database, "worker", (), 0.0, 0)) is not None
+        assert (await take(database, warm_first_seconds=0.0)) is not None
     latecomer = await desk.submit(Order(builders.request(user_id="bo"), "bo"))
-    nexts = [await jobs.claim(database, "worker", (), 0.0, 0) for _ in range(2)]
+    nexts = [await take(database, warm_first_seconds=0.0) for _ in range(2)]
     assert latecomer.id in [claim.job.id for claim in nexts if claim]
 
 
@@ -123,7 +124,7 @@ async def test_cancelling_gathers_no_jobs_for_one_moment(database: Database, mak
         waiting.append(await submit("ada"))
     for _ in range(3):
         await submit("bo")
-    claims = [await jobs.claim(database, "worker", (), 0.0, 0) for _ in range(6)]
+    claims = [await take(database, warm_first_seconds=0.0) for _ in range(6)]
     assert [claim.job.user_id for claim in claims if claim].count("bo") == 3
     async with database.reading() as session:
         tags = (await session.scalars(select(Request.start_tag).where(Request.status != "cancelled"))).all()

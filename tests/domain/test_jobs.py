@@ -104,6 +104,15 @@ async def test_many_claims_at_once_give_every_job_once(database: Database, other
     assert set(got) == expected
 
 
+async def test_several_are_claimed_in_the_order_of_their_turns(database: Database) -> None:
+    ada = [await enqueue(database, "ada", start_tag=tag) for tag in range(3)]
+    bo = await enqueue(database, "bo", start_tag=9)
+    claims = await jobs.claim(database, "worker", (), 0.0, 2, 5)
+    assert [claim.job.id for claim in claims] == [*ada[:2], bo]
+    assert len({claim.token for claim in claims}) == 3
+    assert (await look(database, ada[2])).status == "queued"
+
+
 async def test_claims_at_once_hold_the_cap(database: Database, other: Database) -> None:
     for number in range(20):
         await enqueue(database, "ada", start_tag=number)
@@ -124,17 +133,6 @@ async def test_a_beat_counts_and_tells_the_progress(database: Database) -> None:
     assert (job.heartbeat, job.phase, job.step, job.step_count, job.preview_step) == (2, "drawing", 4, 30, 3)
     async with database.reading() as session:
         assert await session.scalar(select(Request.preview)) == b"jpeg"
-
-
-async def test_a_claim_is_held_until_it_is_lost(database: Database) -> None:
-    await enqueue(database, "ada")
-    claim = await taken(database)
-    assert await jobs.holds(database, claim)
-    await jobs.release(database, claim)
-    assert not await jobs.holds(database, claim)
-    again = await taken(database)
-    assert await jobs.holds(database, again)
-    assert not await jobs.holds(database, claim)
 
 
 async def test_a_lost_claim_changes_nothing(database: Database) -> None:

@@ -22,6 +22,7 @@ from api.store.tables import Image as ImageRow
 from api.store.tables import Request, Usage
 from api.store.vault import Vault
 from tests import builders
+from tests.jobs import taken
 from tests.rows import image as image_row
 
 pytestmark = pytest.mark.anyio
@@ -203,8 +204,7 @@ async def test_each_attempt_has_a_file_of_its_own_and_the_last_one_stays(
     database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, pictures: PictureFolder
 ) -> None:
     job_id = await submit(desk)
-    claim = await jobs.claim(database, "dead", frozenset(), 0, 0)
-    assert claim is not None
+    claim = await taken(database)
     left_over = pictures.save(picture_name(claim.job, claim.job.attempt, 0), PNG)
     await jobs.release(database, claim)
     worker = make_worker()
@@ -256,8 +256,7 @@ async def test_a_job_of_a_dead_worker_runs_again(
     database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake
 ) -> None:
     job_id = await submit(desk)
-    dead = await jobs.claim(database, "dead", frozenset(), 0, 0)
-    assert dead is not None
+    dead = await taken(database)
     async with drawing(make_worker(lease_seconds=0.5)):
         job = await until(database, wake, job_id, "succeeded")
     assert (job.attempt, job.crashes) == (2, 1)
