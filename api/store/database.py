@@ -5,8 +5,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -157,6 +155,9 @@ def migrate(url: str) -> None:
     Raises:
         DatabaseUnavailable: it cannot be reached or written to.
     """
+    from alembic import command  # a tenth of a second that the start of a server shall not wait for
+    from alembic.config import Config
+
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
         try:
