@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TextIO, cast
 
 import structlog
 
@@ -25,6 +27,9 @@ from api.store.files import PictureFolder
 from api.store.vault import Vault, load_vault
 
 MakeModels = Callable[[Settings], ModelService]
+Chore = Callable[[], Awaitable[None]]
+AGAIN_SECONDS = 1.0  # until a chore is begun anew
+log = structlog.get_logger()
 GRACEFUL_SECONDS = 7.0  # under the 10 that container runtimes wait before they kill
 
 
@@ -96,10 +101,10 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
     At the end of the block the jobs in hand are finished or put back.
     """
     deliverer = Deliverer(service.settings, service.database, service.vault, service.wake, service.metrics)
-    chores = [deliverer.run(), keep_swept(service.pictures, service.database)]
+    chores: list[Chore] = [deliverer.run, partial(keep_swept, service.pictures, service.database)]
     if slots:
-        chores.append(service.worker.run(slots))
-    tasks = [asyncio.create_task(chore) for chore in chores]
+        chores.append(partial(service.worker.run, slots))
+    tasks = [asyncio.create_task(_keep_up(chore)) for chore in chores]
     try:
         yield
     finally:
@@ -107,6 +112,31 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _keep_up(chore: Chore) -> None:
+    """Begins a chore anew that ended by an error which it did not foresee: the server would look well without it."""
+    while True:
+        try:
+            await chore()
+        except Exception as error:
+            log.error("chore_ended", exc_info=error)
+        await asyncio.sleep(AGAIN_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """A file of log lines: one that cannot be written, for a full disk or a closed pipe, is lost and ends nothing."""
+
+    file: TextIO
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self.file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.file.flush()
 
 
 def configure_logging(level: str) -> None:
@@ -124,5 +154,5 @@ def configure_logging(level: str) -> None:
             console if terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Lines(sys.stderr))),
     )

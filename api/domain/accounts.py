@@ -5,6 +5,7 @@ reach it). With AUTH=required a caller is a user of the database, by an API key,
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from ipaddress import ip_address
@@ -28,7 +29,7 @@ from api.domain.tokens import (
     make_token,
     read_token,
 )
-from api.errors import Forbidden, NotAuthenticated, SettingsError
+from api.errors import DatabaseUnavailable, Forbidden, NotAuthenticated, SettingsError, StorageFull
 from api.store.database import Database
 from api.store.tables import ApiKey, EndedSession, User, now
 from api.store.vault import Vault
@@ -203,8 +204,10 @@ async def _by_key(database: Database, secret: str) -> Caller:
         raise NotAuthenticated("this key has expired", "Make a new one.")
     if key.last_used_at is None or moment - key.last_used_at >= USED_EVERY:
         unknown = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at <= moment - USED_EVERY)
-        async with database.transaction() as session:
-            await session.execute(update(ApiKey).where(ApiKey.id == key.id, unknown).values(last_used_at=moment))
+        # That is for people to see: nobody is kept out for want of room on the disk.
+        with suppress(DatabaseUnavailable, StorageFull):
+            async with database.transaction() as session:
+                await session.execute(update(ApiKey).where(ApiKey.id == key.id, unknown).values(last_used_at=moment))
     return _of(user, frozenset(cast(list[Scope], key.scopes)), "key", None)
 
 

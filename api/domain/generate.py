@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
+from anyio import CapacityLimiter
 
 from api.domain.jobs import Finished
 from api.domain.library import delete_files, searchable
@@ -42,13 +43,13 @@ class Drawn:
     seconds: float
 
 
-async def draw(studio: Studio, job: Request, on_step: "OnStep") -> Drawn:
-    """Draws the pictures of `job`.
+async def draw(studio: Studio, job: Request, on_step: "OnStep", threads: CapacityLimiter) -> Drawn:
+    """Draws the pictures of `job`, on one of `threads`.
 
     Raises:
         SitterError: nothing was drawn; or whatever `on_step` raised.
     """
-    return await anyio.to_thread.run_sync(_draw, studio, job, on_step, abandon_on_cancel=False)
+    return await anyio.to_thread.run_sync(_draw, studio, job, on_step, limiter=threads)
 
 
 async def save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
@@ -57,7 +58,7 @@ async def save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
     Raises:
         StorageFull, StorageUnavailable: they could not all be saved.
     """
-    return await anyio.to_thread.run_sync(_save, studio, job, drawn, abandon_on_cancel=False)
+    return await anyio.to_thread.run_sync(_save, studio, job, drawn)
 
 
 def _draw(studio: Studio, job: Request, on_step: "OnStep") -> Drawn:

@@ -260,11 +260,14 @@ async def _cancel(
     if not rows:
         return [], asked
     # What is not drawn does not count: its user's later jobs move up by its work, though not before the present.
+    # What of its turn lies before the present is over: to give that back would put those after it ahead of everybody.
     present = await session.scalar(select(Queue.virtual_time)) or 0
-    last, charged = max(row.start_tag for row in rows), sum(charge(row.priority, row.work) for row in rows)
+    charges = [(charge(row.priority, row.work), row.start_tag) for row in rows]
+    given_back = sum(min(charged, max(0, start + charged - present)) for charged, start in charges)
+    last = max(row.start_tag for row in rows)
     later = update(Request).where(Request.user_id == user_id, QUEUED, Request.start_tag > last)
     for move, tag in ((later, Request.start_tag), (update(User).where(User.id == user_id), User.finish_tag)):
-        moved = case((tag - charged > present, tag - charged), else_=present)
+        moved = case((tag - given_back > present, tag - given_back), else_=present)
         await session.execute(move.where(tag > present).values({tag: moved}))
     session.add_all(Delivery(request_id=row.id) for row in rows if row.webhook_url)
     return [row.id for row in rows], asked

@@ -1,6 +1,7 @@
 """The worker: claims jobs, has them drawn, and ends each exactly once, whatever happens in between."""
 
 import asyncio
+import math
 import os
 import socket
 import threading
@@ -12,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
+from anyio import CapacityLimiter
 
 from api.config import Settings
 from api.domain import jobs
@@ -96,6 +98,8 @@ class Worker:
         self._in_hand: dict[str, _InHand] = {}  # by token: a job may come back while its lost claim is still drawn
         self._running: set[asyncio.Task[None]] = set()
         self._claiming = asyncio.Lock()
+        # Of their own: those who wait for their model's turn must not take the threads that everything else needs.
+        self._threads = CapacityLimiter(math.inf)
         self._draining_since: float | None = None
         self._paused_until = 0.0
 
@@ -138,13 +142,15 @@ class Worker:
 
     async def _let_go(self) -> None:
         """Puts back what does not come to a step where it could stop, as a model that loads for minutes."""
-        for job in list(self._in_hand.values()):
-            with _going_on():
-                async with asyncio.timeout(LETTING_GO_SECONDS):
-                    await jobs.release(self._database, job.claim)
+        await asyncio.gather(*(self._release(job.claim) for job in list(self._in_hand.values())))
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _release(self, claim: Claim) -> None:
+        with _going_on():
+            async with asyncio.timeout(LETTING_GO_SECONDS):
+                await jobs.release(self._database, claim)
 
     async def _claim_forever(self, slots: int) -> None:
         while not self.draining:
@@ -166,7 +172,7 @@ class Worker:
             return []
         settings = self._settings
         with _going_on():
-            self._studio.pictures.require_room()
+            await self._studio.pictures.require_room()
             return await jobs.claim(
                 self._database,
                 self._name,
@@ -203,7 +209,7 @@ class Worker:
     async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]]:
         """Draws, and returns how the job is to be ended."""
         try:
-            drawn = await draw(self._studio, job.claim.job, job.on_step)
+            drawn = await draw(self._studio, job.claim.job, job.on_step, self._threads)
             job.raise_if_stopped()
             finished = await save(self._studio, job.claim.job, drawn)
         except Exception as error:

@@ -13,11 +13,12 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from api.domain import history
+from api.domain.accounts import Caller, Credentials, identify
 from api.domain.history import ENDED, Seen
-from api.errors import Cancelled, InvalidRequest, NotFound, ShuttingDown, from_code
-from api.routes.caller import CallerDep, require
+from api.errors import Cancelled, DatabaseUnavailable, InvalidRequest, NotFound, ShuttingDown, from_code
+from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
-from api.routes.jobs import IdempotencyKey, JobBody, accept, describe
+from api.routes.jobs import REAUTH_SECONDS, IdempotencyKey, JobBody, accept, describe
 from api.routes.service import ServiceDep
 from api.schemas import GeneratedImage, GenerateResponse, Timings
 from api.wire.jobs import Job
@@ -36,6 +37,27 @@ Prefer = Annotated[
 
 
 @dataclass(frozen=True)
+class _Client:
+    """Who waits for a picture, since when and for how many seconds at most."""
+
+    http: Request
+    service: Service
+    caller: Caller
+    sent: Credentials
+    patience: float
+    began: float
+
+
+async def _client(
+    http: Request, service: ServiceDep, caller: CallerDep, sent: CredentialsDep, prefer: Prefer = None
+) -> _Client:
+    return _Client(http, service, caller, sent, _patience(prefer), time.perf_counter())
+
+
+ClientDep = Annotated[_Client, Depends(_client)]
+
+
+@dataclass(frozen=True)
 class _Finished:
     """A job that succeeded, its PNGs, and the seconds since it was asked for."""
 
@@ -45,22 +67,13 @@ class _Finished:
 
 
 @router.post("/generate", summary="Draw a picture: JSON", response_model=GenerateResponse, responses=ERRORS)
-async def generate_json(
-    request: JobBody,
-    http: Request,
-    service: ServiceDep,
-    caller: CallerDep,
-    idempotency_key: IdempotencyKey = None,
-    prefer: Prefer = None,
-) -> Any:
+async def generate_json(request: JobBody, client: ClientDep, idempotency_key: IdempotencyKey = None) -> Any:
     """Draws a picture with the user's own model; answers with the PNG in base64 and where it is kept.
 
     The picture is drawn even when you do not wait for the answer: find it under /jobs and /images.
     """
-    began = time.perf_counter()
-    seen = await accept(request, service, caller, idempotency_key)
-    done = await _wait(http, service, caller, seen, prefer, began)
-    return _describe(done, service) if isinstance(done, _Finished) else done
+    done = await _wait(client, await accept(request, client.service, client.caller, idempotency_key))
+    return _describe(done, client.service) if isinstance(done, _Finished) else done
 
 
 @router.post(
@@ -85,20 +98,11 @@ async def generate_json(
         },
     },
 )
-async def generate_png(
-    request: JobBody,
-    http: Request,
-    service: ServiceDep,
-    caller: CallerDep,
-    idempotency_key: IdempotencyKey = None,
-    prefer: Prefer = None,
-) -> Response:
+async def generate_png(request: JobBody, client: ClientDep, idempotency_key: IdempotencyKey = None) -> Response:
     """Draws a picture as `/generate` does; answers with the PNG itself."""
-    began = time.perf_counter()
     if request.num_images != 1:
         raise InvalidRequest("/generate/image answers with one picture", "Leave num_images at 1, or use /generate.")
-    seen = await accept(request, service, caller, idempotency_key)
-    done = await _wait(http, service, caller, seen, prefer, began)
+    done = await _wait(client, await accept(request, client.service, client.caller, idempotency_key))
     if isinstance(done, Response):
         return done
     headers = {
@@ -112,32 +116,36 @@ async def generate_png(
     return Response(done.pngs[0], media_type="image/png", headers=headers)
 
 
-async def _wait(
-    http: Request, service: Service, caller: CallerDep, seen: Seen, prefer: str | None, began: float
-) -> _Finished | Response:
-    """Returns the finished job; the answer 202 where the caller prefers not to wait so long.
+async def _wait(client: _Client, seen: Seen) -> _Finished | Response:
+    """Returns the finished job; the answer 202 where the client prefers not to wait so long.
 
     Raises:
         SitterError: the job failed or was cancelled, has to wait for room on the disk, or the server stops.
     """
-    patience = _patience(prefer)
+    service, caller, authenticated = client.service, client.caller, time.monotonic()
     try:
         while seen.job.status not in ENDED:
             if seen.job.status == "queued" and seen.job.error_code is not None:
                 raise _failure(seen)  # it waits for room on the disk, which may take long
-            service.pictures.require_room()
+            await service.pictures.require_room()
             if service.worker.draining and seen.job.status == "queued":
                 raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.")
-            if time.perf_counter() - began >= patience or await http.is_disconnected():
+            if time.perf_counter() - client.began >= client.patience or await client.http.is_disconnected():
                 location = {"Location": f"/jobs/{seen.job.id}", "Preference-Applied": "respond-async"}
                 return JSONResponse(describe(seen, service, caller).model_dump(mode="json"), 202, location)
             seen = await history.changed(service.wake, service.database, caller, seen)
+            if time.monotonic() - authenticated >= REAUTH_SECONDS:
+                caller, authenticated = await identify(service.accounts, client.sent), time.monotonic()
+        await identify(service.accounts, client.sent)  # who may see the picture is settled when there is one
+    except DatabaseUnavailable as error:
+        kept = f"The job is kept: look at /jobs/{seen.job.id} once the database is back."
+        raise DatabaseUnavailable(error.detail, kept) from error
     except asyncio.CancelledError as error:  # by uvicorn, whose patience with what still runs is at its end
         raise ShuttingDown("the server is stopping", "The job is kept: it runs when the server is back.") from error
     if seen.job.status != "succeeded":
         raise _failure(seen)
     pngs = await anyio.to_thread.run_sync(_read, service, seen)
-    return _Finished(seen, pngs, time.perf_counter() - began)
+    return _Finished(seen, pngs, time.perf_counter() - client.began)
 
 
 def _patience(prefer: str | None) -> float:

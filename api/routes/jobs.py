@@ -18,7 +18,7 @@ from api.domain.library import readable
 from api.domain.submit import Order
 from api.domain.webhooks import check_webhook_url
 from api.domain.worker import BEAT
-from api.errors import Forbidden, SitterError
+from api.errors import DatabaseUnavailable, Forbidden, SitterError
 from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
 from api.routes.service import ServiceDep
@@ -66,7 +66,7 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
         raise Forbidden("a priority above 0 is for administrators", "Leave priority away.")
     if request.webhook_url is not None:
         check_webhook_url(request.webhook_url, service.settings)
-    service.pictures.require_room()
+    await service.pictures.require_room()
     named = request.user_id if "user_id" in request.model_fields_set else None
     order = Order(
         request.drawing(),
@@ -80,7 +80,12 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
     )
     job = await service.desk.submit(order)
     structlog.contextvars.bind_contextvars(job=job.id)  # the line about the request tells it
-    return await history.look(service.database, job)
+    try:
+        return await history.look(service.database, job)
+    except DatabaseUnavailable:
+        if job.status != "queued":  # the key's first request has gone on since
+            raise
+        return Seen(job, [], None, None)  # it is accepted: whoever is told otherwise sends it again
 
 
 JobId = Annotated[Id, Path(description="Names the job.", examples=["019a9f3c2d10b1946ac93f21d07e"])]

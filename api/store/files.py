@@ -1,6 +1,8 @@
 """The output folder: each picture in a file of its own name, whole or not there at all."""
 
+import asyncio
 import errno
+import math
 import os
 import re
 import shutil
@@ -10,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from anyio import CapacityLimiter, to_thread
+
 from api.config import USER_ID
 from api.errors import NotFound, StorageFull, StorageUnavailable
 
@@ -18,6 +22,8 @@ NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # 
 NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}  # fsync, on some network disks
 
 ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
+LOOK_SECONDS = 1.0  # between looks at it
+HANGING_SECONDS = 5.0
 PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(r\d+)?(_\d{{1,2}})?\.png")
 """What our pictures are called: user, date, time, the end of the job's id, which attempt and which picture it is."""
 PART = re.compile(r"\.picture-.+\.part")
@@ -32,6 +38,8 @@ class PictureFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
+        self._thread = CapacityLimiter(1)  # for a look at the disk, which may hang
+        self._looked, self._free = -math.inf, 0
 
     def check(self) -> None:
         """Makes the folder if it is not there, and a file without a name in it.
@@ -110,9 +118,21 @@ class PictureFolder:
             there = there.parent
         return shutil.disk_usage(there).free
 
-    def require_room(self) -> None:
-        """Raises StorageFull while the disk has less room than a few pictures take."""
-        if self.free_bytes() < ROOM_BYTES:
+    async def require_room(self) -> None:
+        """Looks, once a second at most, whether the disk has room for a few pictures.
+
+        Raises:
+            StorageFull: it has not.
+            StorageUnavailable: it does not say, as a network disk that hangs.
+        """
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            try:
+                async with asyncio.timeout(HANGING_SECONDS):
+                    self._free = await to_thread.run_sync(self.free_bytes, abandon_on_cancel=True, limiter=self._thread)
+            except (TimeoutError, OSError) as error:
+                raise StorageUnavailable(f"the disk of {self._folder.name}/ does not answer") from error
+            self._looked = time.monotonic()
+        if self._free < ROOM_BYTES:
             raise StorageFull(f"the disk of {self._folder.name}/ is full")
 
     def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str, str]]:

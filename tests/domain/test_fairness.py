@@ -129,3 +129,27 @@ async def test_cancelling_gathers_no_jobs_for_one_moment(database: Database, mak
     async with database.reading() as session:
         tags = (await session.scalars(select(Request.start_tag).where(Request.status != "cancelled"))).all()
     assert len(set(tags)) >= 10
+
+
+@pytest.mark.anyio
+async def test_cancelling_what_waited_long_gives_no_turns_back_that_are_over(
+    database: Database, make_desk: Callable[..., Desk]
+) -> None:
+    """Ada's large job waits while others are drawn; that she gives it up then puts her next ones ahead of nobody."""
+    desk = make_desk(limit_queued=0)
+
+    async def submit(user_id: str, steps: int, priority: int = 0) -> str:
+        request = builders.request(user_id=user_id, num_inference_steps=steps)
+        return (await desk.submit(Order(request, user_id, priority=priority))).id
+
+    large = await submit("ada", 20, priority=-1)
+    for _ in range(40):
+        await submit("bo", 1)
+    for _ in range(30):
+        assert await take(database) is not None
+    for _ in range(10):
+        await submit("ada", 1)
+    await jobs.cancel(database, large)
+    claims = [await take(database) for _ in range(10)]
+    drawn = [claim.job.user_id for claim in claims if claim]
+    assert 3 <= drawn.count("bo") <= 7, drawn

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from PIL import Image
 from sqlalchemy import select, update
 
@@ -162,6 +163,22 @@ async def test_stopping_does_not_wait_for_a_model_that_loads(
         await worker.stop(0)
         job = await until(database, wake, job_id, "queued")
         assert (job.crashes, job.token, worker.in_hand) == (0, None, frozenset())
+
+
+async def test_jobs_that_wait_for_their_model_leave_the_threads_to_others(
+    database: Database, make_desk: Callable[..., Desk], make_worker: MakeWorker, wake: Wake, loading: Studio
+) -> None:
+    desk = make_desk(limit_running=0)
+    for _ in range(41):
+        await submit(desk)
+    worker = make_worker(studio=loading, limit_running=0)
+    async with drawing(worker, slots=41):
+        async with asyncio.timeout(PATIENCE):
+            while len(worker.in_hand) < 41:
+                await wake.wait(Wake.QUEUE, 0.05)
+        assert to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        loading.models.loaded.set()  # type: ignore[attr-defined]
+        await until_idle(worker, wake)
 
 
 async def test_a_job_that_comes_back_to_its_worker_is_drawn_while_the_lost_claim_ends(

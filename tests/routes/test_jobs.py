@@ -1,21 +1,25 @@
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import delete, update
 
-from api.domain import jobs
+from api.domain import history, jobs
 from api.domain.accounts import Credentials, authenticate, sign_out
 from api.domain.jobs import Progress
 from api.domain.tokens import make_token
 from api.domain.users import change_user
-from api.errors import BadPicture, NotAuthenticated
+from api.domain.wake import Wake
+from api.errors import BadPicture, DatabaseUnavailable, NotAuthenticated, StorageFull
 from api.routes import jobs as routes
 from api.store.database import Database
 from api.store.tables import ApiKey, User, now
 from api.wire.admin import OwnLimits, UserChange
 from tests import people
-from tests.jobs import enqueue, look, taken
+from tests.jobs import enqueue, finished, look, take, taken
 from tests.streams import Stream
 
 pytestmark = pytest.mark.anyio
@@ -35,6 +39,65 @@ async def test_a_job_for_nobody_is_not_found_as_the_document_says(app: FastAPI, 
             answer = await root.post(path, json={"prompt": "a knight", "user_id": "nobody"})
             assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
             assert "404" in app.openapi()["paths"][path]["post"]["responses"]
+
+
+async def test_what_is_accepted_is_told_so_though_the_database_goes(
+    app: FastAPI, database: Database, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever hears otherwise sends it again."""
+
+    async def away(*_: Any) -> Any:
+        raise DatabaseUnavailable("the database does not answer")
+
+    monkeypatch.setattr(history, "look", away)
+    async with people.client_of(app, key) as client:
+        answer = await client.post("/jobs", json={"prompt": "a knight"})
+        assert (answer.status_code, answer.json()["status"]) == (202, "queued")
+        assert answer.headers["Location"] == f"/jobs/{answer.json()['id']}"
+        [job] = (await client.get("/jobs")).json()["jobs"]
+        assert job["id"] == answer.json()["id"]
+
+
+async def test_who_waits_when_the_database_goes_is_told_where_the_job_is(
+    app: FastAPI, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: Any) -> Any:
+        raise DatabaseUnavailable("the database does not answer")
+
+    monkeypatch.setattr(history, "changed", away)
+    async with people.client_of(app, key) as client:
+        answer = await client.post("/generate", json={"prompt": "a knight"})
+        [job] = (await client.get("/jobs")).json()["jobs"]
+    assert (answer.status_code, answer.json()["error"]) == (503, "database_unavailable")
+    assert f"/jobs/{job['id']}" in answer.json()["hint"]
+
+
+async def test_a_revoked_key_gets_no_picture_that_it_waited_for(app: FastAPI, database: Database, key: str) -> None:
+    async with people.client_of(app, key) as client:
+        waiting = asyncio.create_task(client.post("/generate", json={"prompt": "a knight"}))
+        wake = app.state.service.wake
+        async with asyncio.timeout(60):
+            while (claim := await take(database)) is None:
+                await wake.wait(Wake.QUEUE, 0.05)
+        async with database.transaction() as session:
+            await session.execute(update(ApiKey).values(revoked_at=now()))
+        assert await jobs.publish(database, claim, finished(claim))
+        wake.wake(claim.job.id)
+        answer = await waiting
+    assert (answer.status_code, answer.json()["error"]) == (401, "not_authenticated")
+
+
+async def test_a_full_disk_keeps_no_key_out(app: FastAPI, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When its last use cannot be written down, the key opens all the same: people want to look, and to delete."""
+
+    @asynccontextmanager
+    async def full(self: Database) -> AsyncIterator[Any]:
+        raise StorageFull("the disk of the database is full")
+        yield
+
+    monkeypatch.setattr(Database, "transaction", full)
+    async with people.client_of(app, key) as client:
+        assert (await client.get("/jobs")).status_code == 200
 
 
 def follow(app: FastAPI, job_id: str, credential: str, **headers: str) -> Stream:
