@@ -1,11 +1,14 @@
 """A stage for each test here, and every test marked `slow`."""
 
-from collections.abc import AsyncIterator, Iterator
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.stage import Stage, Zygote, staged
+from tests.chaos.stage import Stage, staged
+from tests.chaos.zygote import Zygote
+from tests.e2e import tiny
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,6 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def zygote() -> Iterator[Zygote]:
     with Zygote() as zygote:
         yield zygote
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The setting of small models that draw noise, fast: `ada`, `bo` and `chi` have one each."""
+    folder = tmp_path_factory.mktemp("quick")
+    models = {user: str(tiny.build(folder / user, seed)) for seed, user in enumerate(("ada", "bo", "chi"))}
+    return {"USER_MODELS": json.dumps({"default": models["ada"], **models})}
 
 
 @pytest.fixture

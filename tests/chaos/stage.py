@@ -3,17 +3,15 @@
 import asyncio
 import hashlib
 import io
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import httpx2
 from PIL import Image as Pixels
@@ -29,67 +27,15 @@ from api.store.files import PictureFolder
 from api.store.tables import Image, Request, Usage
 from api.store.vault import load_vault
 from tests import builders
-from tests.e2e.server import CANARY, ROOT, environment, free_port
+from tests.chaos.zygote import PATIENCE_SECONDS, Zygote, hears
+from tests.e2e.server import CANARY, free_port
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 300.0  # until something that never happens fails the test
 LEASE_SECONDS = 1.0
-KILLS = int(os.environ.get("CHAOS_KILLS", "25"))  # on each kind of database; `make chaos` has more
-CALM_ENDS = {0, -signal.SIGTERM}  # of a process that was told to end: the second before it began
-
-
-class Zygote:
-    """The process that forks the others: importing torch once costs what a hundred kills do."""
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py"))],
-            cwd=ROOT,
-            env=environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for pytest; when that ends, so does this, with all its children
-        )
-        assert self._answer() == "ready"
-        self._ended: dict[int, int] = {}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.communicate(timeout=PATIENCE_SECONDS)
-
-    def start(self, *args: str, log: Path, env: dict[str, str], **faults: Any) -> int:
-        """Forks `sitter args…` and returns its pid."""
-        return int(self._ask({"args": args, "env": env, "log": str(log), "faults": faults}))
-
-    def ended(self, pid: int) -> int | None:
-        """Returns the exit code of a process that has ended, minus its signal's number if one ended it."""
-        if pid not in self._ended:
-            self._ended.update(json.loads(self._ask({"reap": True})))
-        return self._ended.get(pid)
-
-    async def end_of(self, pid: int, seconds: float = PATIENCE_SECONDS) -> int:
-        """Waits for the end of a process and returns its exit code."""
-        async with asyncio.timeout(seconds):
-            while True:
-                if (code := self.ended(pid)) is not None:
-                    return code
-                await asyncio.sleep(0.02)
-
-    def _ask(self, order: dict[str, Any]) -> str:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        answer = self._process.stdout.readline().strip()
-        assert answer, "the zygote is dead"
-        return answer
+WORKERS = 3
+NOTHING: Mapping[str, str] = MappingProxyType({})
+SCALE = int(os.environ.get("CHAOS_SCALE", "1"))  # of everything that is counted; `make chaos` has more
 
 
 class Stage:
@@ -123,17 +69,21 @@ class Stage:
             "LEASE_SECONDS": str(lease_seconds),
             **env,
         }
-        given = {"marks": str(self.marks), **(faults or {})}
+        given = {"marks": str(self.marks), "tasks": str(self._folder / "tasks"), **(faults or {})}
         pid = self._zygote.start(*args, log=self._folder / "log", env=settings, **given)
         self._pids.append(pid)
         return pid
 
     def server(
-        self, workers: int, faults: dict[str, Any] | None = None, lease_seconds: float = LEASE_SECONDS
+        self,
+        workers: int,
+        faults: dict[str, Any] | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        env: Mapping[str, str] = NOTHING,
     ) -> tuple[int, httpx2.AsyncClient]:
         """Starts `sitter serve`, to be waited for with `up`; returns its pid and a client for it."""
         port = free_port()
-        settings = {"PORT": str(port), "WORKERS": str(workers)}
+        settings = {"PORT": str(port), "WORKERS": str(workers), **env}
         pid = self.start("serve", faults=faults, lease_seconds=lease_seconds, **settings)
         return pid, httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_SECONDS)
 
@@ -154,9 +104,27 @@ class Stage:
         faults: dict[str, Any] | None = None,
         lease_seconds: float = LEASE_SECONDS,
         more: tuple[str, ...] = (),
+        env: Mapping[str, str] = NOTHING,
     ) -> int:
         """Starts `sitter worker` with one job in hand at a time."""
-        return self.start("worker", "--jobs", "1", *more, faults=faults, lease_seconds=lease_seconds)
+        return self.start("worker", "--jobs", "1", *more, faults=faults, lease_seconds=lease_seconds, **env)
+
+    async def work_until(self, done: Callable[[], Awaitable[bool]], start: Callable[[], int]) -> Counter[int]:
+        """Keeps a few workers at work that `start` starts, until all is done; returns how each of them ended."""
+        ends: Counter[int] = Counter()
+        workers: list[int] = []
+        while True:
+            for pid in list(workers):
+                if (code := self.ended(pid)) is not None:
+                    workers.remove(pid)
+                    ends[code] += 1
+            while len(workers) < WORKERS:
+                workers.append(start())
+            if await done():
+                break
+            await asyncio.sleep(0.1)
+        ends.update(await self.stop(*workers))
+        return ends
 
     def ended(self, pid: int) -> int | None:
         return self._zygote.ended(pid)
@@ -164,16 +132,42 @@ class Stage:
     async def end_of(self, pid: int, seconds: float = PATIENCE_SECONDS) -> int:
         return await self._zygote.end_of(pid, seconds)
 
+    async def stop(self, *pids: int) -> list[int]:
+        """Tells processes to end and returns how each did; one that had not begun does it calmly, too."""
+        deaf = {pid for pid in pids if not hears(pid)}
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        ends = [(pid, await self.end_of(pid)) for pid in pids]
+        return [0 if pid in deaf and code == -signal.SIGTERM else code for pid, code in ends]
+
+    async def tasks(self, pid: int) -> int:
+        """Returns how many asyncio tasks the process has."""
+        told = self._folder / f"tasks-{pid}"
+        told.unlink(missing_ok=True)
+        os.kill(pid, signal.SIGUSR1)
+
+        async def answer() -> str:
+            return told.read_text() if told.exists() else ""
+
+        return int(await eventually(answer, bool, self))
+
+    @property
+    def failures(self) -> Counter[str]:
+        """How often processes have failed where tags of jobs said so, by tag."""
+        return Counter(mark.name.split("-", 2)[2] for mark in self.marks.iterdir())
+
     @property
     def log(self) -> str:
         path = self._folder / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    async def submit(self, *tags: str, seed: int = 1, user_id: str = "default", **fields: Any) -> str:
+    async def submit(
+        self, *tags: str, seed: int = 1, user_id: str = "default", webhook_url: str | None = None, **fields: Any
+    ) -> str:
         """Accepts a small job in two steps; returns its id."""
         small = {"prompt": f"photo of sks person, {CANARY}", "width": 256, "height": 256, "num_inference_steps": 2}
         request = GenerateRequest(**{**small, "seed": seed, "user_id": user_id, **fields})
-        return (await self.desk.submit(Order(request, user_id, tags=tags))).id
+        return (await self.desk.submit(Order(request, user_id, tags=tags, webhook_url=webhook_url))).id
 
     async def jobs(self, *ids: str) -> list[Request]:
         """The jobs of these ids, or all."""
@@ -222,6 +216,7 @@ class Stage:
             assert hashlib.sha256((self.output / image.image_url).read_bytes()).hexdigest() == image.sha256
         assert CANARY not in self.log
         assert "Traceback" not in self.log, self.log
+        assert "unexpected_error" not in self.log, self.log
 
     async def pixels(self, job_id: str) -> bytes:
         """The first picture of a job, without the text in its file."""

@@ -7,13 +7,14 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.chaos.stage import Zygote, eventually, staged
+from tests.chaos.stage import SCALE, eventually, staged
+from tests.chaos.zygote import Zygote
 from tests.databases import PostgreSQL
 from tests.e2e.server import ONE_STEP
 
 pytestmark = pytest.mark.anyio
 
-AWAY_SECONDS = 6.0
+AWAY_SECONDS = min(30.0, 6.0 * SCALE)
 LEASE_SECONDS = 4.0
 STEPS = 40
 

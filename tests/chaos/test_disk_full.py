@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.stage import Zygote, eventually, staged
+from tests.chaos.stage import eventually, staged
 from tests.chaos.worker import BALLAST, fill_disk
+from tests.chaos.zygote import Zygote
 from tests.e2e.server import ONE_STEP
 
 pytestmark = pytest.mark.anyio

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.stage import Stage, eventually
+from tests.chaos.stage import SCALE, Stage, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -48,17 +48,18 @@ async def test_a_worker_that_wakes_up_late_writes_nothing(stage: Stage, point: s
 async def test_clocks_that_differ_by_hours_change_nothing(stage: Stage) -> None:
     hour = 3600
     workers = [stage.worker(faults={"clock": shift}, lease_seconds=10) for shift in (hour, -hour)]
-    ids = [await stage.submit(seed=seed, user_id=("ada", "bo")[seed % 2]) for seed in range(8)]
+    ids = [await stage.submit(seed=seed, user_id=("ada", "bo")[seed % 2]) for seed in range(8 * SCALE)]
     for job_id in ids:
         await stage.until(job_id, "succeeded")
     for job in await stage.jobs(*ids):
         assert (job.attempt, job.crashes) == (1, 0)
-    for pid in workers:
-        os.kill(pid, signal.SIGTERM)
-        assert await stage.end_of(pid) == 0
-    killer = await stage.submit("kill-drawing")
-    slow = stage.worker(faults={"clock": -hour}, lease_seconds=1)
-    assert await stage.end_of(slow) == -signal.SIGKILL
-    stage.worker(faults={"clock": hour}, lease_seconds=1)
-    assert (await stage.until(killer, "succeeded")).attempt == 2
-    await stage.check([*ids, killer])
+    assert await stage.stop(*workers) == [0, 0]
+    # Whoever takes over from the dead is two hours away from them.
+    killers = [await stage.submit("kill-drawing") for _ in range(SCALE)]
+    for number, job_id in enumerate(killers):
+        ahead, behind = (hour, -hour) if number % 2 else (-hour, hour)
+        assert await stage.end_of(stage.worker(faults={"clock": ahead})) == -signal.SIGKILL
+        rescuer = stage.worker(faults={"clock": behind})
+        assert (await stage.until(job_id, "succeeded")).attempt == 2
+        assert await stage.stop(rescuer) == [0]
+    await stage.check([*ids, *killers])

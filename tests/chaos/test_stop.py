@@ -4,17 +4,16 @@ import asyncio
 import os
 import random
 import signal
-import time
 
 import httpx2
 import pytest
 
-from tests.chaos.stage import CALM_ENDS, KILLS, Stage, eventually
+from tests.chaos.stage import SCALE, Stage, eventually
 from tests.e2e.server import free_port
 
 pytestmark = pytest.mark.anyio
 
-CYCLES = KILLS // 5
+CYCLES = 10 * SCALE
 LONG = 150  # steps
 
 
@@ -68,26 +67,31 @@ async def test_a_second_signal_ends_a_worker_at_once(stage: Stage) -> None:
     os.kill(pid, signal.SIGTERM)
     await asyncio.sleep(0.5)
     assert stage.ended(pid) is None
-    began = time.monotonic()
     os.kill(pid, signal.SIGTERM)
     assert await stage.end_of(pid) not in (0, -signal.SIGKILL)
-    assert time.monotonic() - began < 5
     assert (await stage.job(job_id)).status == "running"  # until its lease lapses
 
 
 async def test_workers_may_come_and_go_all_the_time(stage: Stage) -> None:
     chance = random.Random(1)
-    ids = [await stage.submit(seed=seed) for seed in range(CYCLES)]
-    for _ in range(CYCLES):
+    ids = []
+    for seed in range(CYCLES):
+        ids.append(await stage.submit(seed=seed, num_inference_steps=20))
         pid = stage.worker(faults={"GRACEFUL_SECONDS": 0.2}, lease_seconds=30)
         await asyncio.sleep(chance.uniform(0, 2))
-        os.kill(pid, signal.SIGTERM)
-        assert await stage.end_of(pid) in CALM_ENDS, stage.log
+        assert await stage.stop(pid) == [0], stage.log
     stage.worker(lease_seconds=30)
     for job_id in ids:
         await stage.until(job_id, "succeeded")
     assert {job.crashes for job in await stage.jobs(*ids)} == {0}  # every one was finished or put back
     await stage.check(ids)
+
+
+async def is_ready(client: httpx2.AsyncClient) -> bool:
+    try:
+        return (await client.get("/health/ready")).status_code == 200
+    except httpx2.TransportError:
+        return False  # it does not even listen
 
 
 async def test_a_server_is_not_ready_from_the_moment_it_is_told(stage: Stage) -> None:
@@ -97,14 +101,8 @@ async def test_a_server_is_not_ready_from_the_moment_it_is_told(stage: Stage) ->
         job_id = await stage.submit(num_inference_steps=LONG)
         await until_drawing(stage, job_id)
         os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 1.0
-        while True:
-            try:
-                if (await client.get("/health/ready")).status_code == 503:
-                    break
-            except httpx2.TransportError:
-                break  # it does not even listen
-            assert time.monotonic() < deadline, "still ready"
+        await eventually(lambda: is_ready(client), lambda ready: not ready, stage)
+        assert stage.ended(pid) is None, "it was ready to the end"
     assert await stage.end_of(pid) == 0
     assert (await stage.job(job_id)).status == "queued"
     assert "Traceback" not in stage.log

@@ -8,6 +8,7 @@ A job says itself where its worker is to fail, by its tags: `kill-drawing`, `sto
 order of the tags; a file in `marks` tells that it did.
 """
 
+import asyncio
 import datetime as real_datetime
 import json
 import os
@@ -17,19 +18,23 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import api.engine.engine
 from api import cli, serving, wiring
-from api.domain import generate, jobs, worker
+from api.domain import generate, jobs, webhooks, worker
 from api.domain.wake import Wake
+from api.domain.webhooks import Deliverer, Parcel
 from api.store import files, postgresql, tables
 
 POINTS = ("claimed", "drawing", "drawn", "part", "saved", "publishing", "published")
 """After the claim, in the middle of the steps, with pictures in memory, with half a file, with whole files, with rows
 that are not committed, and with everything done."""
+POST_POINTS = ("taken", "posted", "noted")
+"""Of a webhook: after the claim, with the receiver's answer, and with everything done."""
 
 assert api.engine.engine
 
@@ -58,9 +63,10 @@ class Faults:
     def __init__(self, marks: Path) -> None:
         self._marks = marks
         self._job: tables.Request | None = None
+        self._told: dict[str, tables.Request] = {}  # by id: those with a webhook in hand
 
-    def at(self, point: str) -> None:
-        job = self._job
+    def at(self, point: str, job: tables.Request | None = None) -> None:
+        job = job or self._job
         assert job is not None
         for number, tag in enumerate(job.tags):
             how, _, where = tag.partition("-")
@@ -113,6 +119,22 @@ class Faults:
                 self.at("published")
             return published
 
+        payload, send, note = webhooks._payload, Deliverer._send, Deliverer._note
+
+        def payload_then(job: tables.Request, ids: list[str]) -> dict[str, Any]:
+            self._told[job.id] = job
+            return payload(job, ids)
+
+        async def send_then(deliverer: Deliverer, parcel: Parcel) -> Any:
+            self.at("taken", self._told[parcel.request_id])
+            sent = await send(deliverer, parcel)
+            self.at("posted", self._told[parcel.request_id])
+            return sent
+
+        async def note_then(deliverer: Deliverer, parcel: Parcel, *args: Any) -> None:
+            await note(deliverer, parcel, *args)
+            self.at("noted", self._told[parcel.request_id])
+
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
             (jobs, "claim", claim_then),
             (worker._InHand, "on_step", on_step_then),
@@ -121,6 +143,9 @@ class Faults:
             (worker, "save", save_then),
             (jobs, "_end", end_then),
             (jobs, "publish", publish_then),
+            (webhooks, "_payload", payload_then),
+            (Deliverer, "_send", send_then),
+            (Deliverer, "_note", note_then),
         ]
         for where, name, what in replaced:
             setattr(where, name, what)
@@ -138,6 +163,17 @@ def shift_clock(seconds: float) -> None:
     time.time = lambda: real() + seconds
     time.time_ns = lambda: int(time.time() * 1e9)
     setattr(tables, "datetime", Shifted)  # noqa: B010
+
+
+def tell_tasks(path: str) -> None:
+    """Has SIGUSR1 write down how many asyncio tasks there are."""
+
+    def tell(*_: object) -> None:
+        part = Path(f"{path}-{os.getpid()}.part")
+        part.write_text(str(len(asyncio.all_tasks())))
+        part.replace(part.with_suffix(""))
+
+    signal.signal(signal.SIGUSR1, tell)
 
 
 def die_before_answering() -> None:
@@ -163,8 +199,11 @@ def run(order: dict[str, Any]) -> int:
     ]
     for module, name in constants:
         setattr(module, name, faults.get(name, getattr(module, name)))
+    if lapse := faults.get("webhook_lapse"):
+        webhooks.CLAIM = timedelta(seconds=lapse)
     if shift := faults.get("clock"):
         shift_clock(shift)
+    tell_tasks(faults["tasks"])
     if faults.get("die_before_answering"):
         die_before_answering()
     worker.FULL_DISK_SECONDS = 0.5
