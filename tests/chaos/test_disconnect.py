@@ -15,7 +15,9 @@ import psutil
 import pytest
 from PIL import Image as Pixels
 
+from api.store.tables import Request
 from tests.chaos.stage import SCALE, Stage, eventually
+from tests.chaos.zygote import PATIENCE_SECONDS
 from tests.e2e.server import ONE_STEP
 
 pytestmark = pytest.mark.anyio
@@ -28,8 +30,6 @@ PATHS = ("/generate", "/generate/image")
 WAYS = ("asking", "asked", "waiting", "reading", "staying")
 """How far a client gets: part of its request, all of it, a while more, a part of the answer, all of that."""
 NO_LIMITS = {"LIMIT_QUEUED": "0", "LIMIT_REQUESTS_PER_MINUTE": "0", "LIMIT_IMAGES_PER_DAY": "0"}
-
-Twins = dict[tuple[str, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -97,57 +97,64 @@ async def all_of(what: Callable[[Client], Awaitable[None]], them: list[Client]) 
             group.create_task(one(client))
 
 
+async def draw_twins(http: httpx2.AsyncClient) -> dict[tuple[str, int], bytes]:
+    """What each user's model draws of each seed."""
+    wanted = list(product(USERS, SEEDS))
+    asking = [Client(-number, user, seed, PATHS[0], "staying") for number, (user, seed) in enumerate(wanted, start=1)]
+    return {(client.user_id, client.seed): await client.ask(http) for client in asking}
+
+
+async def burden(stage: Stage, pid: int, port: int) -> tuple[int, int]:
+    """Counts the server's sockets to clients and its tasks."""
+    sockets = [it for it in psutil.Process(pid).net_connections("tcp") if it.laddr.port == port and it.raddr]
+    return len(sockets), await stage.tasks(pid)
+
+
+def check_accepted(client: Client, job: Request | None) -> None:
+    """Checks what became of a client's request by how far it got."""
+    assert job is None or client.way != "asking"
+    assert job is not None or client.way not in {"reading", "staying"}
+    assert job is None or (job.user_id, job.parameters["seed"]) == (client.user_id, client.seed)
+
+
 async def test_clients_that_hang_up_mix_nothing_up(stage: Stage, quick: Mapping[str, str]) -> None:
     pid, http = stage.server(workers=1, env={**quick, **NO_LIMITS})
     port = http.base_url.port
     assert port is not None
-    server = psutil.Process(pid)
-    twins: Twins = {}
-
-    async def burden() -> tuple[int, int]:
-        """Sockets to clients and tasks of the server."""
-        sockets = [it for it in server.net_connections("tcp") if it.laddr.port == port and it.raddr]
-        return len(sockets), await stage.tasks(pid)
-
     async with http:
         await stage.up(http)
-        for number, (user_id, seed) in enumerate(product(USERS, SEEDS), start=CLIENTS):
-            twins[user_id, seed] = await Client(number, user_id, seed, PATHS[0], "staying").ask(http)
+        twins = await draw_twins(http)
     assert len(set(twins.values())) == len(twins)
-    before = await eventually(burden, lambda now: now[0] == 0, stage)
+    before = await eventually(lambda: burden(stage, pid, port), lambda now: now[0] == 0, stage)
+    chance, everybody = Random(1), list(clients())
 
-    chance = Random(1)
-    everybody = list(clients())
-    http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None, limits=httpx2.Limits())
-
-    async def try_it(client: Client) -> None:
+    async def come(client: Client, http: httpx2.AsyncClient) -> None:
         if client.way == "staying":
-            assert await client.ask(http) == twins[client.user_id, client.seed]
+            await come_back(client, http)
         else:
             await client.hang_up(port, chance)
 
-    async def come_back(client: Client) -> None:
+    async def come_back(client: Client, http: httpx2.AsyncClient) -> None:
         assert await client.ask(http) == twins[client.user_id, client.seed]
 
-    async with http:
-        await all_of(try_it, everybody)
-        accepted = await eventually(
-            stage.jobs, lambda jobs: all(job.status not in {"queued", "running"} for job in jobs), stage
-        )
-        by_key = {job.idempotency_key: job for job in accepted}
-        assert len(by_key) == len(accepted)
-        await stage.check([job.id for job in accepted])
-        for client in everybody:
-            job = by_key.get(client.key["Idempotency-Key"])
-            assert (job is None) or client.way != "asking"
-            assert (job is not None) or client.way not in {"reading", "staying"}
-            assert job is None or (job.user_id, job.parameters["seed"]) == (client.user_id, client.seed)
-        await all_of(come_back, everybody)
-    jobs = await stage.jobs()
-    assert len(jobs) == CLIENTS + len(twins)
-    assert {job.id for job in accepted} <= {job.id for job in jobs}
-    await stage.check([job.id for job in jobs])
-    for job in jobs:
+    async def jobs_once_all(act: Callable[[Client, httpx2.AsyncClient], Awaitable[None]]) -> dict[str | None, Request]:
+        """Jobs by key, once everybody has acted and the server has nothing left of it."""
+        async with httpx2.AsyncClient(base_url=http.base_url, timeout=PATIENCE_SECONDS) as theirs:
+            await all_of(lambda client: act(client, theirs), everybody)
+        await eventually(lambda: burden(stage, pid, port), lambda now: now <= before, stage)
+        jobs = await stage.jobs()
+        assert {job.status for job in jobs} == {"succeeded"}
+        await stage.check([job.id for job in jobs])
+        by_key = {job.idempotency_key: job for job in jobs}
+        assert len(by_key) == len(jobs)
+        return by_key
+
+    accepted = await jobs_once_all(come)
+    for client in everybody:
+        check_accepted(client, accepted.get(client.key["Idempotency-Key"]))
+    jobs = await jobs_once_all(come_back)
+    assert len(jobs) == len(everybody) + len(twins)
+    for key, job in jobs.items():
+        assert key not in accepted or accepted[key].id == job.id
         assert await stage.pixels(job.id) == twins[job.user_id, job.parameters["seed"]]
-    await eventually(burden, lambda now: now <= before, stage)
     assert await stage.stop(pid) == [0]

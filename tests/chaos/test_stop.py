@@ -76,7 +76,7 @@ async def test_workers_may_come_and_go_all_the_time(stage: Stage) -> None:
     chance = random.Random(1)
     ids = []
     for seed in range(CYCLES):
-        ids.append(await stage.submit(seed=seed, num_inference_steps=20))
+        ids.append(await stage.submit(seed=seed, num_inference_steps=5))
         pid = stage.worker(faults={"GRACEFUL_SECONDS": 0.2}, lease_seconds=30)
         await asyncio.sleep(chance.uniform(0, 2))
         assert await stage.stop(pid) == [0], stage.log
