@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 # More arguments for the program of a target: make test ARGS="-k floors"
 ARGS  ?=
-# How many times what `make test` does of it `make chaos` does: 25 workers killed on each database make 500.
+# How many times what `make test` does of it `make chaos` and `make fuzz` do: 25 workers killed, say, make 500.
 SCALE ?= 20
 
 # The first Python that runs and is new enough.
@@ -20,7 +20,7 @@ PIP   := python -m pip --disable-pip-version-check
 TORCH  = $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test chaos lint bench demo-model lock clean
+.PHONY: help setup run test chaos fuzz lint bench demo-model lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test: $(VENV)/dev.stamp ## run every test
 
 chaos: $(VENV)/dev.stamp ## kill, stop and starve servers and workers for an hour, SCALE=20 times what `make test` does
 	CHAOS_SCALE=$(SCALE) $(BIN)/python -m pytest tests/chaos $(ARGS)
+
+fuzz: $(VENV)/dev.stamp ## send the server far more that its OpenAPI document allows and forbids, SCALE=20 times what `make test` does
+	FUZZ_SCALE=$(SCALE) $(BIN)/python -m pytest tests/e2e/test_openapi_fuzz.py $(ARGS)
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check

@@ -166,6 +166,12 @@ async def cancel_job(seen: SeenDep, service: ServiceDep, caller: CallerDep) -> J
     return describe(await history.find(service.database, caller, seen.job.id), service, caller)
 
 
+class Events(EventSourceResponse):
+    """Server-sent events. FastAPI sends them as such by itself, and would document errors with a type set here."""
+
+    media_type = ""
+
+
 LastEventId = Annotated[int | None, Header(description="Go on after this event.", ge=0)]
 
 
@@ -178,7 +184,7 @@ async def _stop_coming_back(seen: SeenDep, response: Response, last_event_id: La
 @router.get(
     "/{job_id}/events",
     summary="Follow a job live",
-    response_class=EventSourceResponse,
+    response_class=Events,
     responses={204: {"description": "It has ended, as your `Last-Event-ID` says."}, **error_responses(401, 403, 404)},
     dependencies=[Depends(require("read")), Depends(_stop_coming_back)],
 )
