@@ -4,6 +4,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 # More arguments for the program of a target: make test ARGS="-k floors"
 ARGS  ?=
+# Processes of `make test`; each has its own PostgreSQL and its own servers.
+JOBS  ?= 2
 # How many times what `make test` does of it `make chaos` and `make fuzz` do: 25 workers killed, say, make 500.
 SCALE ?= 20
 
@@ -30,8 +32,8 @@ setup: $(VENV)/setup.stamp ## create .venv and install what the service needs
 run: $(VENV)/setup.stamp ## start the service (HOST, PORT and every other setting come from the environment)
 	@exec $(BIN)/sitter serve $(ARGS)
 
-test: $(VENV)/dev.stamp ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp ## run every test, in JOBS=2 processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
 
 chaos: $(VENV)/dev.stamp ## kill, stop and starve servers and workers for an hour, SCALE=20 times what `make test` does
 	CHAOS_SCALE=$(SCALE) $(BIN)/python -m pytest tests/chaos $(ARGS)

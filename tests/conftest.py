@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import structlog
+from rich.console import ConsoleDimensions
 
+from api import cli_people
 from api.config import Settings
 from api.store.database import Database, migrate
 from tests import builders, databases
@@ -25,6 +27,13 @@ def _no_log_of_another_test() -> Iterator[None]:
     """Opening a service sends the log to the stderr of its test, which is closed afterwards."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the commands that a test calls break no lines, however wide the terminal was when they were imported."""
+    for console in (cli_people.console, cli_people.to_people):
+        monkeypatch.setattr(console, "size", ConsoleDimensions(200, 50))
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,9 @@ for name, room in {"users": users, "keys": keys, "audit": audit}.items():
 
 
 @pytest.fixture
-def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: None) -> str:
     """A database that is not there yet; every command finds it."""
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("COLUMNS", "200")
     return f"sqlite:///{tmp_path}/data/sitter.db"
 
 

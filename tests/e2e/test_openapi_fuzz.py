@@ -79,7 +79,7 @@ def test_no_input_breaks_the_server(api: Any, path: str, method: str, mode: Gene
     cases = api[path][method].as_strategy(generation_mode=mode)
     statuses = set()
 
-    @given_examples(40)
+    @given_examples(40 if method == "POST" else 4)  # nothing is sent with the others but headers of no meaning
     @given(case=cases)
     def try_it(case: Any) -> None:
         case.body = cheap(case.body)
