@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -29,6 +29,7 @@ from api.domain import generate, jobs, webhooks, worker
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer, Parcel
 from api.store import files, postgresql, tables
+from api.store.database import Database
 
 POINTS = ("claimed", "drawing", "drawn", "part", "saved", "publishing", "published")
 """After the claim, in the middle of the steps, with pictures in memory, with half a file, with whole files, with rows
@@ -65,7 +66,8 @@ class Faults:
         self._job: tables.Request | None = None
         self._told: dict[str, tables.Request] = {}  # by id: those with a webhook in hand
 
-    def at(self, point: str, job: tables.Request | None = None) -> None:
+    def _due(self, point: str, job: tables.Request | None = None) -> str | None:
+        """Returns how to fail here, once."""
         job = job or self._job
         assert job is not None
         for number, tag in enumerate(job.tags):
@@ -76,47 +78,63 @@ class Faults:
             if where == point:
                 with suppress(FileExistsError):  # another worker was sooner, which took this one for dead
                     mark.touch(exist_ok=False)
-                    ACTIONS[how]()
-            return
+                    return how
+            return None
+        return None
+
+    async def _fail(self, how: str) -> None:
+        # Whoever stands still in the middle of a transaction, of a heartbeat say, holds SQLite's one lock.
+        async with self._turn if how == "stop" else nullcontext():
+            ACTIONS[how]()
+
+    async def at(self, point: str, job: tables.Request | None = None) -> None:
+        if how := self._due(point, job):
+            await self._fail(how)
+
+    def at_in_thread(self, point: str) -> None:
+        if how := self._due(point):
+            asyncio.run_coroutine_threadsafe(self._fail(how), self._loop).result()
 
     def install(self) -> None:
         claim, on_step, draw, save = jobs.claim, worker._InHand.on_step, generate.draw, generate.save
         sync, end, publish = os.fsync, jobs._end, jobs.publish
 
-        async def claim_then(*args: Any) -> Any:
-            claims = await claim(*args)
+        async def claim_then(database: Database, *args: Any) -> Any:
+            self._turn, self._loop = database._turn, asyncio.get_running_loop()
+            claims = await claim(database, *args)
             for got in claims:
                 self._job = got.job
-                self.at("claimed")
+                await self.at("claimed")
             return claims
 
         def on_step_then(job: Any, step: Any) -> None:
             on_step(job, step)
-            self.at("drawing")
+            self.at_in_thread("drawing")
 
         async def draw_then(*args: Any) -> Any:
             drawn = await draw(*args)
-            self.at("drawn")
+            await self.at("drawn")
             return drawn
 
         def sync_then(handle: int) -> None:
             sync(handle)
-            self.at("part")
+            self.at_in_thread("part")
 
         async def save_then(*args: Any) -> Any:
             finished = await save(*args)
-            self.at("saved")
+            await self.at("saved")
             return finished
 
         async def end_then(*args: Any, **values: Any) -> bool:
             ended = await end(*args, **values)
-            self.at("publishing")
+            if how := self._due("publishing"):
+                ACTIONS[how]()  # in the middle of a transaction
             return ended
 
         async def publish_then(*args: Any) -> bool:
             published = await publish(*args)
             if published:
-                self.at("published")
+                await self.at("published")
             return published
 
         payload, send, note = webhooks._payload, Deliverer._send, Deliverer._note
@@ -126,14 +144,14 @@ class Faults:
             return payload(job, ids)
 
         async def send_then(deliverer: Deliverer, parcel: Parcel) -> Any:
-            self.at("taken", self._told[parcel.request_id])
+            await self.at("taken", self._told[parcel.request_id])
             sent = await send(deliverer, parcel)
-            self.at("posted", self._told[parcel.request_id])
+            await self.at("posted", self._told[parcel.request_id])
             return sent
 
         async def note_then(deliverer: Deliverer, parcel: Parcel, *args: Any) -> None:
             await note(deliverer, parcel, *args)
-            self.at("noted", self._told[parcel.request_id])
+            await self.at("noted", self._told[parcel.request_id])
 
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
             (jobs, "claim", claim_then),
