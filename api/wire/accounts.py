@@ -3,15 +3,25 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
 from api.config import UserId
 from api.wire.text import Text
 
+
+def _encodable(secret: SecretStr) -> SecretStr:
+    try:
+        secret.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half a character (a lone surrogate)") from None  # the cause holds the password
+    return secret
+
+
 Scope = Literal["draw", "read", "manage", "admin"]
 LimitName = Literal["queued", "running", "requests_per_minute", "images_per_day", "steps_per_day"]
 Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\u0000-\u001f\u007f-\u009f]+$")]
-Password = Annotated[SecretStr, Field(min_length=10, max_length=200)]
+GivenPassword = Annotated[SecretStr, Field(min_length=1, max_length=200), AfterValidator(_encodable)]
+Password = Annotated[SecretStr, Field(min_length=10, max_length=200), AfterValidator(_encodable)]
 Id = Annotated[str, Field(pattern="^[0-9a-f]{28}$")]
 
 SCOPES = Field(
@@ -31,9 +41,7 @@ class SignIn(_Sent):
     """A login and its password."""
 
     login: Line = Field(description="The user's login.", examples=["ada"])
-    password: Annotated[SecretStr, Field(min_length=1, max_length=200)] = Field(
-        description="The password.", examples=["correct horse battery"]
-    )
+    password: GivenPassword = Field(description="The password.", examples=["correct horse battery"])
     session: bool = Field(
         default=False,
         description="For a web page: set a session cookie (12 hours) and answer its `csrf_token`.",
@@ -74,9 +82,7 @@ class SetUp(_Sent):
 class PasswordChange(_Sent):
     """A new password."""
 
-    current_password: Annotated[SecretStr, Field(min_length=1, max_length=200)] = Field(
-        description="The password until now.", examples=["correct horse battery"]
-    )
+    current_password: GivenPassword = Field(description="The password until now.", examples=["correct horse battery"])
     new_password: Password = Field(description="At least 10 characters.", examples=["staple battery horse"])
 
 

@@ -3,7 +3,7 @@
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.config import UserId
 from api.wire.accounts import Key, Limits, Line, Password
@@ -48,7 +48,7 @@ class UserChange(BaseModel):
 
     name: Line | None = Field(default=None, description="For people.", examples=["Ada L."])
     login: Line | None = Field(default=None, description="To sign in with.", examples=["ada"])
-    password: Annotated[SecretStr, Field(min_length=10, max_length=200)] | None = Field(
+    password: Password | None = Field(
         default=None, description="A new one; ends every session.", examples=["correct horse battery"]
     )
     type: Literal["user", "admin"] | None = Field(default=None, description="What they are.", examples=["user"])
