@@ -1,8 +1,9 @@
 """The database: SQLite in one file, or PostgreSQL. One way in: `async with database.transaction() as session`."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from sqlalchemy import event
@@ -147,6 +148,24 @@ def async_url(url: str) -> str:
     return parsed.set(drivername=drivers[backend]).render_as_string(hide_password=False)
 
 
+def _make_private(file: Path) -> None:
+    """Makes the file of a database, and its folder, for this user alone: passwords and prompts will be in it.
+
+    SQLite gives the files beside it the same mode. What is there already stays as it is.
+
+    Raises:
+        DatabaseUnavailable: they cannot be made.
+    """
+    what = "folder"
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        what = "file"
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise DatabaseUnavailable(f"its {what} cannot be made: {error.strerror}", FOLDER_HINT) from error
+
+
 def migrate(url: str) -> None:
     """Brings the database at `url` to this version's tables, making the file and its folder if need be.
 
@@ -159,11 +178,8 @@ def migrate(url: str) -> None:
     from alembic.config import Config
 
     parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        try:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DatabaseUnavailable(f"its folder cannot be made: {error.strerror}", FOLDER_HINT) from error
+    if parsed.get_backend_name() == "sqlite" and parsed.database and not parsed.database.startswith((":", "file:")):
+        _make_private(Path(parsed.database))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["url"] = url

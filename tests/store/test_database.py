@@ -1,6 +1,8 @@
 import asyncio
+import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -60,6 +62,46 @@ async def test_migrates_to_the_tables_of_the_code_and_again_to_the_same(empty_da
     async with database.reading() as session:
         assert (await session.scalars(select(Queue.virtual_time))).all() == [0]
     await database.close()
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    """Others may read what is made, unless it is made otherwise."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.usefixtures("usual_umask")
+async def test_the_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "data" / "any.db"
+    migrate(f"sqlite:///{file}")
+    database = Database(f"sqlite:///{file}")
+    async with database.transaction() as session:
+        session.add(User(id="ada", name="Ada"))
+    files = {path.name: mode(path) for path in file.parent.iterdir()}
+    await database.close()
+    assert files == {"any.db": 0o600, "any.db-wal": 0o600, "any.db-shm": 0o600}
+    assert mode(file.parent) == 0o700
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_what_is_there_already_keeps_its_mode(tmp_path: Path) -> None:
+    (file := tmp_path / "sitter.db").touch(0o640)
+    tmp_path.chmod(0o755)
+    migrate(f"sqlite:///{file}")
+    assert (mode(tmp_path), mode(file)) == (0o755, 0o640)
+    assert differences(f"sqlite:///{file}") == []
+
+
+def test_a_database_in_memory_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    migrate("sqlite:///:memory:")
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_may_migrate_at_once(empty_database_url: str) -> None:
