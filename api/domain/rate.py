@@ -1,5 +1,8 @@
-"""How often a user may ask: a window of a minute that slides."""
+"""How often a user may ask, in a window of a minute that slides, and how many event streams they may have open."""
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from math import ceil
 
@@ -10,6 +13,8 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from api.domain.quota import Left
 from api.errors import LimitReached
 from api.store.tables import now
+
+STREAMS = 100  # open ones of a user: each looks at the database once a second
 
 
 class Limiter:
@@ -41,3 +46,27 @@ class Limiter:
         stats = await self._windows.get_window_stats(RateLimitItemPerMinute(per_minute), user_id)
         used = per_minute - stats.remaining
         return Left(per_minute, used, datetime.fromtimestamp(stats.reset_time, UTC) if used else None)
+
+
+class Streams:
+    """Counts open event streams by user. In this process's memory, as `Limiter`."""
+
+    def __init__(self) -> None:
+        self._open = Counter[str]()
+
+    @contextmanager
+    def one(self, user_id: str) -> Iterator[None]:
+        """Counts a stream while the block runs.
+
+        Raises:
+            LimitReached: it is one too many; not counted.
+        """
+        if self._open[user_id] >= STREAMS:
+            raise LimitReached(f"{STREAMS} event streams at once are allowed", "Close one, or wait until its job ends.")
+        self._open[user_id] += 1
+        try:
+            yield
+        finally:
+            self._open[user_id] -= 1
+            if not self._open[user_id]:
+                del self._open[user_id]

@@ -181,12 +181,21 @@ async def _stop_coming_back(seen: SeenDep, response: Response, last_event_id: La
         response.status_code = 204
 
 
+async def _counted(_: SeenDep, service: ServiceDep, caller: CallerDep) -> AsyncIterator[None]:
+    """Counts the stream until it has ended. A dependency: what it raises is the answer, not an end of the stream."""
+    with service.accounts.streams.one(caller.name):
+        yield
+
+
 @router.get(
     "/{job_id}/events",
     summary="Follow a job live",
     response_class=Events,
-    responses={204: {"description": "It has ended, as your `Last-Event-ID` says."}, **error_responses(401, 403, 404)},
-    dependencies=[Depends(require("read")), Depends(_stop_coming_back)],
+    responses={
+        204: {"description": "It has ended, as your `Last-Event-ID` says."},
+        **error_responses(401, 403, 404, 429),
+    },
+    dependencies=[Depends(require("read")), Depends(_counted), Depends(_stop_coming_back)],
 )
 async def follow_job(
     seen: SeenDep, service: ServiceDep, caller: CallerDep, sent: CredentialsDep, last_event_id: LastEventId = None

@@ -1,6 +1,7 @@
 import pytest
 
-from api.domain.rate import Limiter
+from api.domain import rate
+from api.domain.rate import Limiter, Streams
 from api.errors import LimitReached
 
 pytestmark = pytest.mark.anyio
@@ -24,3 +25,16 @@ async def test_users_do_not_share_and_0_is_no_limit() -> None:
     for _ in range(100):
         await limiter.hit("ada", 0)
     assert (await limiter.left("ada", 0)).left is None
+
+
+async def test_streams_are_counted_by_user_while_they_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate, "STREAMS", 2)
+    streams = Streams()
+    with streams.one("ada"), streams.one("bo"):
+        with streams.one("ada"), pytest.raises(LimitReached, match="2 event streams"), streams.one("ada"):
+            pass
+        with pytest.raises(ZeroDivisionError), streams.one("ada"):
+            raise ZeroDivisionError
+        with streams.one("ada"):
+            pass
+    assert not streams._open

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import delete, update
 
-from api.domain import history, jobs
+from api.domain import history, jobs, rate
 from api.domain.accounts import Credentials, authenticate, sign_out
 from api.domain.jobs import Progress
 from api.domain.tokens import make_token
@@ -222,3 +222,29 @@ async def test_following_counts_as_one_request(
         await jobs.cancel(database, job_id)
         await jobs.end_cancelled(database, claim)
         assert (await stream.rest())[-1:] == ["cancelled"]
+
+
+async def test_a_user_has_so_many_streams_at_once(
+    app: FastAPI, database: Database, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate, "STREAMS", 2)
+    await people.add_user(database, "bo")
+    bos_key, bos_job = await people.add_key(database, "bo"), await enqueue(database, "bo")
+    job_id = await enqueue(database, "ada")
+    async with follow(app, job_id, key) as first:
+        async with follow(app, job_id, key) as second, follow(app, job_id, key) as third:
+            assert (first.status, second.status, third.status) == (200, 200, 429)
+            async with people.client_of(app, key) as client:
+                answer = await client.get(f"/jobs/{job_id}/events")
+                assert (answer.status_code, answer.json()["error"]) == (429, "limit_reached")
+                assert int(answer.headers["Retry-After"]) > 0
+            async with follow(app, bos_job, bos_key) as bos:
+                assert bos.status == 200
+        async with follow(app, job_id, key) as after:
+            assert after.status == 200
+            await jobs.cancel(database, job_id)
+            assert (await after.rest())[-1] == "cancelled"
+    for _ in range(3):  # each told the end at once, and counted no more
+        async with follow(app, job_id, key, last_event_id="1") as told:
+            assert told.status == 204
+    assert not app.state.service.accounts.streams._open
