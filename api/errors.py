@@ -51,6 +51,14 @@ class BodyTooLarge(SitterError):
     hint = "A request is a short JSON object; send less than 1 MB."
 
 
+class BodyTooSlow(SitterError):
+    """The request body took too long to arrive."""
+
+    status = 408
+    code = "body_too_slow"
+    hint = "Send the whole body at once."
+
+
 class Busy(SitterError):
     """As many requests are waiting as the server takes at once."""
 

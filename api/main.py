@@ -53,7 +53,7 @@ def create_app(settings: Settings, models: MakeModels = ModelService) -> FastAPI
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses=error_responses(400, 401, 403, 413, 422, 429, 500, 503, 507),  # what any route may answer
+        responses=error_responses(400, 401, 403, 408, 413, 422, 429, 500, 503, 507),  # what any route may answer
     )
     app.add_middleware(BodyLimit)
     add_error_handlers(app)

@@ -1,18 +1,23 @@
 """One uvicorn that says where it is, why it cannot be there, and that it stops."""
 
+import asyncio
 import errno
 import os
 import signal
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.config import Settings
 from api.errors import SettingsError
 
 GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
+HEAD_SECONDS = 20.0  # for the head of a request; `routes/limits` has those for its body
+MOST_CONNECTIONS = 2000  # more are answered 503
 # Addresses to listen on that are none to go to, and where this machine finds what listens there.
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -36,6 +41,8 @@ def serve(settings: Settings) -> None:
         port=settings.port,
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         timeout_graceful_shutdown=GRACEFUL_SECONDS,
+        http=_Prompt,
+        limit_concurrency=MOST_CONNECTIONS,
     )
     # What uvicorn puts back when it is done: a Ctrl-C while the last threads end has nothing more to wait for.
     signal.signal(signal.SIGINT, _end_now)
@@ -78,6 +85,40 @@ class _Talking(uvicorn.Server):
             flush=True,
         )
         await super().shutdown(sockets)
+
+
+class _Prompt(HttpToolsProtocol):
+    """Hangs up on whoever takes too long over the head of a request, or sends none at all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # uvicorn waits for ever from the first byte on
+            self._expect_head()
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._expect_nothing()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _expect_nothing(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def _end_now(*_: object) -> None:
