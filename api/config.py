@@ -6,6 +6,7 @@ adds to it. A value that does not fit, or a setting nobody knows, stops the star
 
 import os
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -116,6 +117,12 @@ def _reasonable_user(name: str) -> str:
     return name
 
 
+def _addresses(text: str) -> str:
+    for one in filter(None, map(str.strip, text.split(","))):
+        ip_network(one)  # its own words say what is wrong
+    return text
+
+
 USER_ID = "[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}"  # also part of file names
 UserId = Annotated[str, AfterValidator(_reasonable_user), WithJsonSchema({"type": "string", "pattern": f"^{USER_ID}$"})]
 Source = Annotated[ModelSource, BeforeValidator(_as_source)]
@@ -162,6 +169,10 @@ class Settings(BaseSettings):
     auth: Literal["open", "required"] = Field(
         default="open",
         description="`open`: no sign-in, for one's own machine alone. `required`: every request needs a credential.",
+    )
+    trusted_proxies: Annotated[str, AfterValidator(_addresses)] = Field(
+        default="127.0.0.1",
+        description="Addresses or networks (`a, b/16`) of proxies whose X-Forwarded-For and -Proto are believed.",
     )
     workers: int = Field(
         default=2, ge=0, le=64, description="Jobs in hand at once in the server; 0 leaves them to `sitter worker`."

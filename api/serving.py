@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from ipaddress import IPv4Network, ip_network
 from types import FrameType
 from typing import Any
 
@@ -43,6 +44,7 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=GRACEFUL_SECONDS,
         http=_Prompt,
         limit_concurrency=MOST_CONNECTIONS,
+        forwarded_allow_ips=_proxies(settings.trusted_proxies),
     )
     # What uvicorn puts back when it is done: a Ctrl-C while the last threads end has nothing more to wait for.
     signal.signal(signal.SIGINT, _end_now)
@@ -119,6 +121,13 @@ class _Prompt(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _proxies(setting: str) -> list[str]:
+    """Returns the networks of TRUSTED_PROXIES, those of IPv4 also as a socket for both kinds names them."""
+    networks = [ip_network(one.strip()) for one in setting.split(",") if one.strip()]
+    mapped = [f"::ffff:{one.network_address}/{96 + one.prefixlen}" for one in networks if isinstance(one, IPv4Network)]
+    return [str(one) for one in networks] + mapped
 
 
 def _end_now(*_: object) -> None:

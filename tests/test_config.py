@@ -41,6 +41,18 @@ def test_the_defaults() -> None:
     assert set(settings.user_models) == {"default", "ada", "bo", "chi"}
 
 
+@pytest.mark.parametrize("proxies", ["127.0.0.1", "10.0.0.7, 172.16.0.0/12,fd00::/8"])
+def test_proxies_are_addresses_and_networks(proxies: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUSTED_PROXIES", proxies)
+    assert load_settings().trusted_proxies == proxies
+
+
+@pytest.mark.parametrize("proxies", ["*", "caddy", "127.0.0.1, caddy", "10.0.0.7/8", "10.0.0.0/33"])
+def test_a_proxy_that_is_none_stops_the_start(proxies: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUSTED_PROXIES", proxies)
+    assert "TRUSTED_PROXIES" in refused()
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1  # type: ignore[misc]

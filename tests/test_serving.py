@@ -33,3 +33,14 @@ def test_the_reason_is_told_with_a_way_out(number: int, says: str) -> None:
     reason = serving._why_not(OSError(number, os.strerror(number)), "127.0.0.1", 80)
     assert says in reason
     assert "HOST" in reason or "PORT" in reason
+
+
+def test_proxies_of_ipv4_are_known_on_a_socket_for_both_kinds() -> None:
+    assert serving._proxies("127.0.0.1, 172.16.0.0/12,fd00::/8") == [
+        "127.0.0.1/32",
+        "172.16.0.0/12",
+        "fd00::/8",
+        "::ffff:127.0.0.1/128",
+        "::ffff:172.16.0.0/108",
+    ]
+    assert serving._proxies("") == []

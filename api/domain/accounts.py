@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from ipaddress import ip_address
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Literal, cast
 
 import structlog
@@ -139,6 +139,17 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+def origin_of(address: str) -> str:
+    """Returns where an address guesses passwords from: whoever has one of IPv6 has its whole /64."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        return str(parsed.ipv4_mapped or IPv6Network((int(parsed), 64), strict=False))
+    return str(parsed)
+
+
 def check_host(settings: Settings) -> None:
     """Raises SettingsError where others would reach a server that asks nobody who they are."""
     if settings.auth == "open" and not is_loopback(settings.host):
@@ -236,8 +247,9 @@ async def sign_in(accounts: Accounts, login: str, password: str, address: str, a
         LimitReached: wrong passwords were tried too often.
         Busy: too many are signing in.
     """
-    tries = f"{login} {address}"
-    accounts.throttle.begin(address, FREE_TRIES_OF_ADDRESS)
+    origin = origin_of(address)
+    tries = f"{login} {origin}"
+    accounts.throttle.begin(origin, FREE_TRIES_OF_ADDRESS)
     accounts.throttle.begin(tries, FREE_TRIES)
     async with accounts.database.reading() as session:
         user = await session.scalar(select(User).where(User.login == login))
@@ -249,7 +261,7 @@ async def sign_in(accounts: Accounts, login: str, password: str, address: str, a
                 await audit.append(session, "anybody", "login.failed", f"user:{user.id}")
         raise NotAuthenticated("the login or the password is wrong", "Check both; an administrator can set a new one.")
     accounts.throttle.forget(tries)
-    accounts.throttle.give_back(address)
+    accounts.throttle.give_back(origin)
     async with accounts.database.transaction() as session:
         await audit.append(session, user.id, "login.ok", f"user:{user.id}", audience=audience)
     return make_token(accounts.vault, audience, user.id, user.token_version)

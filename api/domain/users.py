@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import DEFAULT_USER
 from api.domain import audit, jobs, quota
-from api.domain.accounts import FREE_TRIES, Accounts, Caller
+from api.domain.accounts import FREE_TRIES, Accounts, Caller, origin_of
 from api.domain.tokens import csrf_token
 from api.errors import Conflict, NotAuthenticated, NotFound
 from api.store.tables import User
@@ -113,7 +113,7 @@ async def change_password(accounts: Accounts, caller: Caller, current: str, new:
         Forbidden: with AUTH=open the caller is nobody.
     """
     user_id = caller.themselves()
-    tries = f"{user_id} {address} password"
+    tries = f"{user_id} {origin_of(address)} password"
     accounts.throttle.begin(tries, FREE_TRIES)
     async with accounts.database.reading() as session:
         known = await session.scalar(select(User.password).where(User.id == user_id))

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.e2e.server import API, SITTER, Server
+from tests.e2e.server import API, PATIENCE_SECONDS, SITTER, Server
 from tests.e2e.test_start import run
 
 UVICORN = (sys.executable, "-m", "uvicorn", "main:app", "--host", "0.0.0.0", "--port", "{port}")
@@ -42,6 +42,33 @@ def test_an_open_server_on_every_address_serves_this_machine_alone(tmp_path: Pat
         refused = httpx2.get(f"http://{own_address()}:{server.port}/health", trust_env=False)
         assert (refused.status_code, refused.json()["error"]) == (403, "forbidden")
         assert "AUTH=required" in refused.json()["hint"]
+
+
+def test_an_open_server_refuses_a_proxy_that_is_believed(tmp_path: Path) -> None:
+    with Server(tmp_path, WORKERS="0", TRUSTED_PROXIES="127.0.0.0/8") as server:
+        for name, value in (("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-Proto", "https")):
+            assert server.client.get("/health", headers={name: value}).status_code == 403
+
+
+def test_a_proxy_elsewhere_is_believed_where_it_is_named(tmp_path: Path) -> None:
+    """Its clients are told apart, and their cookies are for HTTPS alone; what others say of themselves is not heard."""
+    proxy = own_address()
+    with Server(tmp_path, AUTH="required", HOST="0.0.0.0", WORKERS="0", TRUSTED_PROXIES=proxy) as server:
+        [token] = re.findall(r"/setup#(\S+)", server.log)
+        setup = {"token": token, "user_id": "root", "password": PASSWORD}
+        assert server.client.post("/setup", json=setup).status_code == 204
+
+        def sign_in(host: str, client: str, password: str = PASSWORD) -> httpx2.Response:
+            headers = {"X-Forwarded-For": client, "X-Forwarded-Proto": "https"}
+            body = {"login": "root", "password": password, "session": True}
+            url = f"http://{host}:{server.port}/auth/login"
+            return httpx2.post(url, json=body, headers=headers, trust_env=False, timeout=PATIENCE_SECONDS)
+
+        assert "Secure" in sign_in(proxy, "192.0.2.1").headers["Set-Cookie"]
+        assert "Secure" not in sign_in("127.0.0.1", "192.0.2.1").headers["Set-Cookie"]
+        assert [sign_in(proxy, "192.0.2.1", "wrong").status_code for _ in range(7)] == [401] * 6 + [429]
+        assert sign_in(proxy, "192.0.2.2").status_code == 200
+        assert '"address": "192.0.2.1"' in server.log
 
 
 def test_the_first_administrator_and_a_user_find_their_way(tmp_path: Path) -> None:

@@ -160,6 +160,29 @@ async def test_guessing_becomes_slow(ada: httpx2.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", True),
+        ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
+        ("10.0.0.1", "::ffff:10.0.0.1", True),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("unknown", "unknown", True),
+    ],
+)
+async def test_who_has_many_addresses_does_not_guess_more_often(
+    ada: httpx2.AsyncClient, app: FastAPI, first: str, second: str, same: bool
+) -> None:
+    async def guess(address: str) -> int:
+        transport = httpx2.ASGITransport(app, client=(address, 40_000))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.post("/auth/login", json={**LOGIN, "password": "no"})).status_code
+
+    assert [await guess(first) for _ in range(7)] == [401] * 6 + [429]
+    assert await guess(second) == (429 if same else 401)
+
+
+@pytest.mark.parametrize(
     "body",
     [
         {},
