@@ -12,6 +12,7 @@ from api.domain.jobs import Finished
 from api.domain.library import delete_files, searchable
 from api.domain.png_text import describe, with_text
 from api.domain.submit import request_of
+from api.errors import SitterError
 from api.model_service import Generation, ModelService
 from api.schemas import GenerateRequest
 from api.store.files import PictureFolder
@@ -70,36 +71,42 @@ def _draw(studio: Studio, job: Request, on_step: "OnStep") -> Drawn:
 
 
 def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
-    request, generation = drawn.request, drawn.generation
-    images = []
-    for position, (plain, seed) in enumerate(zip(generation.pngs, generation.seeds, strict=True)):
-        png = plain
-        if not job.sensitive:
-            png = with_text(plain, describe(request, generation.model_id, seed, job.id))
-        path = studio.pictures.save(picture_name(job, job.attempt, position), png)
-        images.append(
-            Image(
-                request_id=job.id,
-                position=position,
-                user_id=job.user_id,
-                image_url=path.name,
-                description=job.description,
-                sensitive=job.sensitive,
-                words="" if job.sensitive else searchable(job.description),
-                model_id=generation.model_id,
-                width=request.width,
-                height=request.height,
-                seed=seed,
-                bytes=len(png),
-                sha256=hashlib.sha256(png).hexdigest(),
-                category=job.category,
-                processing_time=drawn.seconds / len(generation.pngs),
-            )
-        )
+    generation = drawn.generation
+    images: list[Image] = []
+    try:
+        for seed, png in zip(generation.seeds, generation.pngs, strict=True):
+            images.append(_save_one(studio, job, drawn, len(images), seed, png))
+    except SitterError:
+        for image in images:  # all of them or none
+            studio.pictures.delete(image.image_url)
+        raise
     timings = generation.timings.model_dump()
     timings["queue"] += drawn.waited_seconds
     warnings = [SENSITIVE_WARNING] if job.sensitive and generation.unread else generation.warnings
     return Finished(images, generation.model_id, generation.cache_hit, timings, warnings, drawn.seconds)
+
+
+def _save_one(studio: Studio, job: Request, drawn: Drawn, position: int, seed: int, plain: bytes) -> Image:
+    request, generation = drawn.request, drawn.generation
+    png = plain if job.sensitive else with_text(plain, describe(request, generation.model_id, seed, job.id))
+    path = studio.pictures.save(picture_name(job, job.attempt, position), png)
+    return Image(
+        request_id=job.id,
+        position=position,
+        user_id=job.user_id,
+        image_url=path.name,
+        description=job.description,
+        sensitive=job.sensitive,
+        words="" if job.sensitive else searchable(job.description),
+        model_id=generation.model_id,
+        width=request.width,
+        height=request.height,
+        seed=seed,
+        bytes=len(png),
+        sha256=hashlib.sha256(png).hexdigest(),
+        category=job.category,
+        processing_time=drawn.seconds / len(generation.pngs),
+    )
 
 
 async def forget_earlier_attempts(studio: Studio, job: Request) -> None:

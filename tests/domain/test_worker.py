@@ -3,6 +3,7 @@ import io
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from api.domain.generate import Studio, picture_name
 from api.domain.submit import Desk, Order
 from api.domain.wake import Wake
 from api.domain.worker import BEAT, Worker
+from api.errors import StorageFull
 from api.model_service import Generation, ModelService
 from api.schemas import GenerateRequest, Timings
 from api.store.database import Database
@@ -215,6 +217,32 @@ async def test_a_job_whose_publication_is_refused_fails_at_once(
         job = await until(database, wake, job_id, "succeeded", "failed")
     assert (job.status, job.error_code, job.attempt) == ("failed", "internal_error", 1)
     assert await rows(database, Usage) == []
+
+
+async def test_pictures_that_cannot_all_be_saved_are_not_saved_at_all(
+    database: Database,
+    desk: Desk,
+    make_worker: MakeWorker,
+    wake: Wake,
+    pictures: PictureFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save, saved = pictures.save, list[Path]()
+
+    def full(name: str, png: bytes) -> Path:
+        if saved:
+            raise StorageFull("the disk is full")
+        saved.append(save(name, png))
+        return saved[0]
+
+    monkeypatch.setattr(pictures, "save", full)
+    job_id = await submit(desk, num_images=2)
+    async with drawing(make_worker()):
+        async with asyncio.timeout(PATIENCE):
+            while (job := await until(database, wake, job_id, "queued", "running")).error_code is None:
+                await wake.wait(job_id, 0.05)
+    assert (job.status, job.error_code) == ("queued", "storage_full")
+    assert list(saved[0].parent.iterdir()) == []
 
 
 async def test_each_attempt_has_a_file_of_its_own_and_the_last_one_stays(
