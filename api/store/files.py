@@ -23,7 +23,7 @@ NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}  # fs
 
 ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
 LOOK_SECONDS = 1.0  # between looks at it
-HANGING_SECONDS = 5.0
+HANGING_SECONDS = 10.0
 PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(r\d+)?(_\d{{1,2}})?\.png")
 """What our pictures are called: user, date, time, the end of the job's id, which attempt and which picture it is."""
 PART = re.compile(r"\.picture-.+\.part")
@@ -39,7 +39,9 @@ class PictureFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
         self._thread = CapacityLimiter(1)  # for a look at the disk, which may hang
-        self._looked, self._free = -math.inf, 0
+        self._look: asyncio.Task[None] | None = None
+        self._looked = -math.inf
+        self._free: int | None = None  # bytes, or no answer
 
     def check(self) -> None:
         """Makes the folder if it is not there, and a file without a name in it.
@@ -126,14 +128,22 @@ class PictureFolder:
             StorageUnavailable: it does not say, as a network disk that hangs.
         """
         if time.monotonic() - self._looked >= LOOK_SECONDS:
-            try:
-                async with asyncio.timeout(HANGING_SECONDS):
-                    self._free = await to_thread.run_sync(self.free_bytes, abandon_on_cancel=True, limiter=self._thread)
-            except (TimeoutError, OSError) as error:
-                raise StorageUnavailable(f"the disk of {self._folder.name}/ does not answer") from error
-            self._looked = time.monotonic()
+            # One look for all who ask meanwhile.
+            self._look = self._look or asyncio.create_task(self._measure())
+            await asyncio.shield(self._look)
+        if self._free is None:
+            raise StorageUnavailable(f"the disk of {self._folder.name}/ does not answer")
         if self._free < ROOM_BYTES:
             raise StorageFull(f"the disk of {self._folder.name}/ is full")
+
+    async def _measure(self) -> None:
+        try:
+            async with asyncio.timeout(HANGING_SECONDS):
+                self._free = await to_thread.run_sync(self.free_bytes, abandon_on_cancel=True, limiter=self._thread)
+        except (TimeoutError, OSError):
+            self._free = None
+        finally:
+            self._looked, self._look = time.monotonic(), None
 
     def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str, str]]:
         """Yields (name, user, end of its job's id) of our pictures that were written so long ago."""

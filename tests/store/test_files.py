@@ -1,3 +1,4 @@
+import asyncio
 import errno
 import os
 import resource
@@ -234,3 +235,25 @@ def test_a_file_that_is_made_once_is_never_replaced(
     assert (tmp_path / "file").read_bytes() == b"first"
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
     assert names(tmp_path) == {"file"}
+
+
+@pytest.mark.anyio
+async def test_a_disk_that_hangs_is_told_to_all_who_ask_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "HANGING_SECONDS", 0.2)
+    folder, hangs, looks = PictureFolder(tmp_path), Event(), 0
+
+    def look() -> int:
+        nonlocal looks
+        looks += 1
+        hangs.wait(60)
+        return files.ROOM_BYTES
+
+    monkeypatch.setattr(folder, "free_bytes", look)
+    answers = await asyncio.gather(*(folder.require_room() for _ in range(50)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {StorageUnavailable}
+    assert looks == 1
+    hangs.set()
+    monkeypatch.setattr(files, "LOOK_SECONDS", 0)
+    await folder.require_room()
