@@ -27,5 +27,6 @@ def errors_for_people() -> Iterator[None]:
         raise typer.Exit(2) from error
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        to_people.print(escape(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+        said = first["msg"].replace("items after validation", "characters")  # of a password, which pydantic hides
+        to_people.print(escape(f"{'.'.join(map(str, first['loc']))}: {said}"))
         raise typer.Exit(2) from error

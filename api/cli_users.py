@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 from pydantic import SecretStr
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.cli_people import console, errors_for_people, to_people
@@ -40,8 +40,8 @@ Cap = Annotated[int | None, typer.Option(min=-1, help="0 is no limit, -1 the set
 def add_user(
     name: Name,
     as_admin: Annotated[bool, typer.Option("--admin", help="Make an administrator.")] = False,
-    login: Annotated[str | None, typer.Option(help="To sign in with [the id].")] = None,
-    full_name: Annotated[str | None, typer.Option("--name", help="For people [the id].")] = None,
+    login: Annotated[str | None, typer.Option(help="To sign in with (the id).")] = None,
+    full_name: Annotated[str | None, typer.Option("--name", help="For people (the id).")] = None,
     keys_only: Annotated[bool, typer.Option("--keys-only", help="No password: API keys alone.")] = False,
     password_stdin: FromStdin = False,
 ) -> None:
@@ -150,9 +150,9 @@ def add_key(
     name: Name,
     label: Annotated[str, typer.Option("--name", help="What it is for.")] = "made by sitter keys add",
     scope: Annotated[
-        list[str] | None, typer.Option(help="draw, read, manage, admin; may be repeated [draw read].")
+        list[str] | None, typer.Option(help="draw, read, manage, admin; may be repeated (draw, read).")
     ] = None,
-    days: Annotated[int | None, typer.Option(help="Days until it expires [never].")] = None,
+    days: Annotated[int | None, typer.Option(help="Days until it expires (never).")] = None,
 ) -> None:
     """Make an API key and print it: it is not shown again."""
     with errors_for_people():
@@ -169,7 +169,7 @@ def add_key(
 @keys.command("list")
 def list_keys(name: Name) -> None:
     """List a user's API keys, without their secrets."""
-    table = Table("id", "name", "begins", "scopes", "expires", "last used", "revoked")
+    table = Table(Column("id", min_width=28), "name", "begins", "scopes", "expires", "last used", "revoked")
 
     async def work(database: Database) -> None:
         async with database.reading() as session:

@@ -4,6 +4,7 @@ Torch comes in with `api.engine`, which is imported off the event loop, so that 
 Loads run on the threads that ask for them; drawing runs on one thread, in the order of arrival.
 """
 
+import gc
 import io
 import os
 import secrets
@@ -273,6 +274,9 @@ def _start(settings: Settings) -> "tuple[Engine, ModelCache[Any]]":
         from api.engine.engine import Engine
 
         engine = Engine(settings)
+        # What was imported lives as long as the process: a full round of the collector through all of it holds up
+        # every request for tenths of a second.
+        gc.freeze()
     except Exception as error:
         log.error("engine_unavailable", reason=str(error))
         raise EngineUnavailable(f"the engine does not start: {error}") from error

@@ -66,11 +66,13 @@ class _Talking(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         address = url(host, port)
         key = """ -H "Authorization: Bearer $KEY" """.rstrip() if self._needs_key else ""
+        # With a key the picture is its user's; without one somebody has to be named.
+        who, name, user = ("Yours", "me", "") if key else ("Ada's", "ada", ', "user_id": "ada"')
         curl = (
             f"curl -s {address}/generate/image{key} -H 'Content-Type: application/json' \\\n"
-            """    -d '{"prompt": "photo of sks person as a futuristic astronaut", "user_id": "ada"}' -o ada.png"""
+            f"""    -d '{{"prompt": "photo of sks person as a futuristic astronaut"{user}}}' -o {name}.png"""
         )
-        print(f"\nSitter is at {address} (the API to try: {address}/docs). A picture of Ada:\n\n  {curl}\n")
+        print(f"\nSitter is at {address} (the API to try: {address}/docs). {who}, as a picture:\n\n  {curl}\n")
         if host in EVERY_ADDRESS:
             print(f"It listens on all addresses of this machine: others reach it at any of them, port {port}.\n")
         sys.stdout.flush()

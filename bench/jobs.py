@@ -51,16 +51,18 @@ def figures() -> Iterator[Figure]:
 
 
 async def _submits() -> list[Figure]:
-    empty = await _offered(queued=0)
-    full = await _offered(queued=QUEUED)
-    found = [
-        at_least("submits a second, of 200 offered", empty.per_second, "1/s", 0.95 * RATE),
-        Figure("POST /jobs p50, empty queue", empty.p50 * 1000, "ms"),
-        at_most("POST /jobs p99, empty queue", empty.p99 * 1000, "ms", 100),
+    drawn = await _offered(queued=0, workers=2)
+    empty = await _offered(queued=0, workers=0)
+    full = await _offered(queued=QUEUED, workers=0)
+    return [
+        at_least("submits a second, of 200 offered and drawn at once", drawn.per_second, "1/s", 0.95 * RATE),
+        Figure("POST /jobs p50, drawn at once in the same process", drawn.p50 * 1000, "ms"),
+        at_most("POST /jobs p99, drawn at once in the same process", drawn.p99 * 1000, "ms", 100),
+        Figure("POST /jobs p50, drawn elsewhere, queue empty", empty.p50 * 1000, "ms"),
+        at_most("POST /jobs p99, drawn elsewhere, queue empty", empty.p99 * 1000, "ms", 100),
         Figure("POST /jobs p50, 10,000 queued", full.p50 * 1000, "ms"),
         at_most("POST /jobs p99, 10,000 queued / empty", full.p99 / empty.p99, "", 1.2),
     ]
-    return found
 
 
 class _Offered:
@@ -70,9 +72,9 @@ class _Offered:
         self.p99 = statistics.quantiles(latencies, n=100)[98]
 
 
-async def _offered(queued: int) -> _Offered:
+async def _offered(queued: int, workers: int) -> _Offered:
     """Sends RATE posts a second for SECONDS, on a clock of their own: a slow answer holds no other back."""
-    async with _serving(queued) as client:
+    async with _serving(queued, workers) as client:
         latencies: list[float] = []
 
         async def post(number: int) -> None:
@@ -82,7 +84,7 @@ async def _offered(queued: int) -> _Offered:
             assert answer.status_code == 202, answer.text
             latencies.append(time.perf_counter() - began)
 
-        await asyncio.gather(*(post(number) for number in range(20)))
+        await asyncio.gather(*(post(number) for number in range(200)))
         latencies.clear()
         began = time.perf_counter()
         posts = []
@@ -94,8 +96,8 @@ async def _offered(queued: int) -> _Offered:
 
 
 @asynccontextmanager
-async def _serving(queued: int) -> AsyncIterator[httpx2.AsyncClient]:
-    """A server as a process of its own, over a database with `queued` jobs, whose models answer at once."""
+async def _serving(queued: int, workers: int) -> AsyncIterator[httpx2.AsyncClient]:
+    """A server as a process of its own, over a database with `queued` jobs, whose workers' models answer at once."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
         async with open_service(_settings(folder), make_models=_AtOnce) as service:
@@ -104,8 +106,7 @@ async def _serving(queued: int) -> AsyncIterator[httpx2.AsyncClient]:
                 await asyncio.gather(*(service.desk.submit(order) for order in orders))
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        workers = "0" if queued else "2"
-        server = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.jobs", name, workers, port)
+        server = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.jobs", name, str(workers), port)
         try:
             async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 await _until_it_answers(client)

@@ -139,6 +139,7 @@ async def show_image(image_id: ImageId, service: ServiceDep, caller: CallerDep) 
     },
     dependencies=[Depends(require("read"))],
 )
+@router.head("/{image_id}/file", include_in_schema=False, dependencies=[Depends(require("read"))])
 async def fetch_image(
     image_id: ImageId,
     service: ServiceDep,

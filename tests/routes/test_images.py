@@ -143,6 +143,17 @@ async def test_parts_of_a_picture(gallery: Gallery) -> None:
             assert same.status_code == status, part
 
 
+async def test_the_head_of_a_picture_tells_its_size(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=PNG)
+    async with await client(gallery, "ada") as ada, await client(gallery, "bo") as bo:
+        whole = await ada.get(f"/images/{row.id}/file")
+        answer = await ada.head(f"/images/{row.id}/file")
+        assert (answer.status_code, answer.content) == (200, b"")
+        for header in ("ETag", "Content-Length", "Content-Type"):
+            assert answer.headers[header] == whole.headers[header]
+        assert (await bo.head(f"/images/{row.id}/file")).status_code == 404
+
+
 async def test_a_deleted_picture_is_gone(gallery: Gallery) -> None:
     row = await gallery.hang("ada", png=PNG)
     async with await client(gallery, "ada", "manage", "read") as ada:
