@@ -32,7 +32,10 @@ async def add_user(session: AsyncSession, actor: str, new: NewUser, password: st
         Conflict: the id or the login is taken.
     """
     if await session.get(User, new.id) is not None:
-        raise Conflict(f"there is a user {new.id} already", "Take another id; or give that one a password: sitter users password <id>, or PATCH /admin/users/{id}.")
+        raise Conflict(
+            f"there is a user {new.id} already",
+            "Take another id; or give that one a password: sitter users password <id>, or PATCH /admin/users/{id}.",
+        )
     user = User(
         id=new.id,
         name=new.name or new.id,

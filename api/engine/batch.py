@@ -1,0 +1,300 @@
+"""The step loop: rows of many users' requests in one forward of the UNet, joining and leaving between its steps.
+
+One thread turns it, in three verbs. `_schedule` picks the tasks of a step and puts the adapters of new ones into slots,
+`_run` calls the UNet once for all their rows, `_postprocess` tells those who wait. A task is one request: its pictures
+are two rows each, one with the negative prompt and one with the prompt, or one row where guidance is off.
+
+Whose turn it is follows what each user was given: row-steps × pixels, least first. A user who comes begins at the least
+of those who are there, so that nobody is made to wait for what others missed.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from api.engine import sampler
+from api.engine.adapters import Adapter
+from api.engine.sampler import Schedule
+from api.engine.slots import NO_ADAPTER, Slots, SlotsFull
+from api.errors import BadPicture, ShuttingDown
+
+OnCall = Callable[[int, Tensor], None]
+"""Called after each call of the UNet with how many are done and the latents; whatever it raises ends the task."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What rows that share a forward have in common: one UNet, and the slots of its adapters."""
+
+    unet: Any
+    slots: Slots
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the precision that the UNet computes in."""
+        dtype: torch.dtype = self.unet.dtype
+        return dtype
+
+
+@dataclass(eq=False)
+class Task:
+    """A request while it is drawn: its pictures, all at the same call.
+
+    Args:
+        model: what draws them.
+        adapter: the LoRA that changes its rows, with what identifies it, or None.
+        user_id: whose turn it takes.
+        schedule: the sampler's table.
+        state: (pictures, STATE, channels, height, width) float32, see `sampler.start`.
+        text: (rows, tokens, width): with guidance first the negative prompt for each picture, then the prompt.
+        guidance_scale: 1 or less is no guidance.
+        guidance_rescale: see https://arxiv.org/abs/2305.08891, section 3.4; 0 is none.
+        generators: one for each picture, for samplers that add noise.
+        on_call: see `OnCall`.
+    """
+
+    model: Model
+    adapter: tuple[Hashable, Adapter] | None
+    user_id: str
+    schedule: Schedule
+    state: Tensor
+    text: Tensor
+    guidance_scale: float
+    guidance_rescale: float
+    generators: Sequence[torch.Generator]
+    on_call: OnCall = lambda done, latents: None
+    done: int = 0
+    slot: int | None = None  # of its adapter, while it is drawn
+    ended: "Future[Tensor]" = field(default_factory=Future)  # the latents (pictures, channels, height, width)
+
+    @property
+    def pictures(self) -> int:
+        """How many are drawn."""
+        return self.state.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the UNet's batch they take."""
+        return self.text.shape[0]
+
+    @property
+    def latents(self) -> Tensor:
+        """Returns what the pictures are so far: (pictures, channels, height, width)."""
+        return self.state[:, 0]
+
+    @property
+    def kind(self) -> Hashable:
+        """What tasks must have in common to share a forward."""
+        return self.model, self.state.shape[2:], self.text.shape[1:]
+
+    @property
+    def cost(self) -> int:
+        """What a step costs the device: rows × latent cells."""
+        return self.rows * self.state.shape[-1] * self.state.shape[-2]
+
+
+class Batch:
+    """Draws tasks, many at once, on a thread of its own.
+
+    Args:
+        most_rows: of one forward; a task that alone has more is drawn alone.
+    """
+
+    def __init__(self, most_rows: int) -> None:
+        self._most_rows = most_rows
+        self._tasks: list[Task] = []  # in the order of their arrival
+        self._served: defaultdict[str, float] = defaultdict(float)  # by user: what the device did for them
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._turn, name="batch", daemon=True)
+        self._thread.start()
+
+    def draw(self, task: Task) -> Tensor:
+        """Returns the latents of the task's pictures once they are drawn. Blocks; for any thread but the batch's own.
+
+        Raises:
+            BadPicture: latents are not finite.
+            ShuttingDown: the server stops.
+            Exception: what `on_call` or the UNet raised.
+        """
+        with self._changed:
+            if self._stopping:
+                raise ShuttingDown("the server is stopping")
+            present = {other.user_id for other in self._tasks}
+            if task.user_id not in present:
+                least = min((self._served[user] for user in present), default=0.0)
+                self._served[task.user_id] = max(self._served[task.user_id], least) if present else 0.0
+            self._tasks.append(task)
+            self._changed.notify()
+        return task.ended.result()
+
+    def close(self) -> None:
+        """Ends the thread after the step under way; what is not drawn by then raises ShuttingDown."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _turn(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._tasks or self._stopping)
+                if self._stopping:
+                    self._end(self._tasks, ShuttingDown("the server is stopping"))
+                    return
+                waiting = list(self._tasks)
+            tasks = self._schedule(waiting)
+            if tasks:
+                self._run(tasks)
+            self._postprocess(tasks)
+
+    def _schedule(self, waiting: list[Task]) -> list[Task]:
+        """Returns the tasks of the next step: of one kind, least served users first, as many rows as fit."""
+        served = {task.user_id: self._served[task.user_id] for task in waiting}
+        chosen, room = list[Task](), self._most_rows
+        while waiting:
+            task = min(waiting, key=lambda task: served[task.user_id])
+            waiting.remove(task)
+            fits = not chosen or (task.kind == chosen[0].kind and task.rows <= room)
+            if fits and self._has_slot(task):
+                chosen.append(task)
+                room -= task.rows
+                served[task.user_id] += task.cost
+        return chosen
+
+    def _has_slot(self, task: Task) -> bool:
+        """Takes a slot for the task unless it has one. Returns False when it has to wait, or cannot have any."""
+        if task.slot is None:
+            try:
+                task.slot = task.model.slots.acquire(*task.adapter) if task.adapter else NO_ADAPTER
+            except SlotsFull:
+                return False
+            except Exception as error:
+                self._end([task], error)
+                return False
+        return True
+
+    def _run(self, tasks: Sequence[Task]) -> None:
+        """Moves every task on by one call of the UNet. One that fails, whatever it is, fails alone."""
+        try:
+            states = step(tasks)
+        except Exception as error:
+            if len(tasks) == 1:
+                self._end(tasks, error)
+                return
+            for task in tasks:  # memory may suffice for one by one, and whose fault it was shows
+                self._run([task])
+            return
+        for task, state in zip(tasks, states, strict=True):
+            task.state = state
+            task.done += 1
+
+    def _postprocess(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            if task.ended.done():
+                continue
+            try:
+                if not torch.isfinite(task.latents).all():
+                    raise BadPicture("the model lost its way: the latents are not finite")
+                task.on_call(task.done, task.latents)
+            except Exception as error:
+                self._end([task], error)
+                continue
+            if task.done == task.schedule.calls:
+                task.ended.set_result(task.latents)
+        with self._changed:
+            for task in tasks:
+                self._served[task.user_id] += task.cost
+            for task in self._tasks:
+                if task.ended.done() and task.slot is not None:
+                    task.model.slots.release(task.slot)
+                    task.slot = None
+            self._tasks = [task for task in self._tasks if not task.ended.done()]
+            present = {task.user_id for task in self._tasks}
+            for user in self._served.keys() - present:
+                del self._served[user]
+
+    def _end(self, tasks: Iterable[Task], error: Exception) -> None:
+        for task in tasks:
+            if not task.ended.done():
+                task.ended.set_exception(error)
+
+
+@torch.inference_mode()
+def step(tasks: Sequence[Task]) -> Sequence[Tensor]:
+    """Returns the next state of each task, by one forward for the rows of all; nothing of the tasks is changed.
+
+    Args:
+        tasks: of one kind.
+    """
+    model = tasks[0].model
+    states = torch.cat([task.state for task in tasks])
+    predictions = _guided(tasks, _predict(model, tasks, states))
+    coefficients = torch.cat([_of_pictures(task, task.schedule.coefficients[task.done]) for task in tasks])
+    noise = _noise(tasks)
+    after = sampler.step(states, predictions, coefficients.to(states.device), noise)
+    return torch.split(after, [task.pictures for task in tasks])
+
+
+def _predict(model: Model, tasks: Sequence[Task], states: Tensor) -> Tensor:
+    """Returns what the UNet says of every row: (rows, channels, height, width) float32."""
+    scales = torch.cat([_of_pictures(task, task.schedule.scales[task.done]) for task in tasks])
+    latents = (states[:, 0] * scales.to(states.device)[:, None, None, None]).to(model.dtype)
+    rows = latents[torch.tensor(_picture_of_rows(tasks))]
+    timesteps = torch.cat([task.schedule.timesteps[task.done].expand(task.rows) for task in tasks]).to(states.device)
+    text = torch.cat([task.text for task in tasks])
+    with model.slots.rows([task.slot or NO_ADAPTER for task in tasks for _ in range(task.rows)]):
+        predicted: Tensor = model.unet(rows, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    return predicted.float()
+
+
+def _picture_of_rows(tasks: Sequence[Task]) -> list[int]:
+    """Returns for each row which picture of all the tasks' it is of."""
+    pictures, first = list[int](), 0
+    for task in tasks:
+        own = range(first, first + task.pictures)
+        pictures += [*own] * (task.rows // task.pictures)
+        first += task.pictures
+    return pictures
+
+
+def _guided(tasks: Sequence[Task], predicted: Tensor) -> Tensor:
+    """Returns the prediction for every picture: u + g (c - u), https://arxiv.org/abs/2207.12598."""
+    guided = []
+    for task, rows in zip(tasks, torch.split(predicted, [task.rows for task in tasks]), strict=True):
+        if task.rows == task.pictures:
+            guided.append(rows)
+            continue
+        negative, positive = rows.chunk(2)
+        both = negative + task.guidance_scale * (positive - negative)
+        guided.append(_rescaled(both, positive, task.guidance_rescale) if task.guidance_rescale else both)
+    return torch.cat(guided)
+
+
+def _rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
+    """Returns `guided` with its spread moved towards that of `positive` (`rescale_noise_cfg` of diffusers)."""
+    axes = list(range(1, guided.dim()))
+    scaled = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
+    return share * scaled + (1 - share) * guided
+
+
+def _noise(tasks: Sequence[Task]) -> Tensor | None:
+    """Returns fresh noise for every picture whose sampler adds some, zeros for the others; None where none does."""
+    if not any(task.schedule.needs_noise for task in tasks):
+        return None
+    return torch.cat([_fresh(task) if task.schedule.needs_noise else torch.zeros_like(task.latents) for task in tasks])
+
+
+def _fresh(task: Task) -> Tensor:
+    shape = (1, *task.latents.shape[1:])
+    return torch.cat([torch.randn(shape, generator=one) for one in task.generators]).to(task.state.device)
+
+
+def _of_pictures(task: Task, one: Tensor) -> Tensor:
+    return one.expand(task.pictures, *one.shape)
