@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from api.errors import Contended, DatabaseUnavailable, SitterError, StorageFull
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-BUSY_SECONDS = 10.0  # how long a writer waits for another
+BUSY_SECONDS = 30.0  # how long a writer waits for another: of another process it may be long, SQLite knows no queue
 POOL_SECONDS = 10.0
 LOCKED = "others kept the database locked for too long"
 FOLDER_HINT = "DATA_DIR must be a folder that the server may write to."
