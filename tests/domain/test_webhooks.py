@@ -218,15 +218,17 @@ async def test_names_that_cannot_be_are_a_failure_like_others(post: Post) -> Non
 
 async def test_several_processes_send_each_once(post: Post, database_url: str) -> None:
     others = [Database(database_url) for _ in range(2)]
-    with peer() as receiver:
-        for number in range(40):
-            await post.add(receiver.url(), user_id=f"user{number % 8}")
-        async with post.running(), post.running(others[0]), post.running(others[1]):
-            await post.until(nothing)
-        sent = [hit.headers["webhook-id"] for hit in receiver.hits]
-        assert len(sent) == len(set(sent)) == 40
-    for other in others:
-        await other.close()
+    try:
+        with peer() as receiver:
+            for number in range(40):
+                await post.add(receiver.url(), user_id=f"user{number % 8}")
+            async with post.running(), post.running(others[0]), post.running(others[1]):
+                await post.until(nothing)
+            sent = [hit.headers["webhook-id"] for hit in receiver.hits]
+            assert len(sent) == len(set(sent)) == 40
+    finally:
+        for other in others:
+            await other.close()
 
 
 class Hang:
