@@ -8,7 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -136,7 +136,8 @@ class Stage:
         """Tells processes to end and returns how each did; one that had not begun does it calmly, too."""
         deaf = {pid for pid in pids if not hears(pid)}
         for pid in pids:
-            os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it ended by itself meanwhile; how, is told below
+                os.kill(pid, signal.SIGTERM)
         ends = [(pid, await self.end_of(pid)) for pid in pids]
         return [0 if pid in deaf and code == -signal.SIGTERM else code for pid, code in ends]
 
