@@ -41,14 +41,14 @@ async def test_a_job_for_nobody_is_not_found_as_the_document_says(app: FastAPI, 
             assert "404" in app.openapi()["paths"][path]["post"]["responses"]
 
 
+async def away(*_: Any) -> Any:
+    raise DatabaseUnavailable("the database does not answer")
+
+
 async def test_what_is_accepted_is_told_so_though_the_database_goes(
     app: FastAPI, database: Database, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever hears otherwise sends it again."""
-
-    async def away(*_: Any) -> Any:
-        raise DatabaseUnavailable("the database does not answer")
-
     monkeypatch.setattr(history, "look", away)
     async with people.client_of(app, key) as client:
         answer = await client.post("/jobs", json={"prompt": "a knight"})
@@ -61,9 +61,6 @@ async def test_what_is_accepted_is_told_so_though_the_database_goes(
 async def test_who_waits_when_the_database_goes_is_told_where_the_job_is(
     app: FastAPI, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def away(*_: Any) -> Any:
-        raise DatabaseUnavailable("the database does not answer")
-
     monkeypatch.setattr(history, "changed", away)
     async with people.client_of(app, key) as client:
         answer = await client.post("/generate", json={"prompt": "a knight"})
