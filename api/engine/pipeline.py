@@ -5,31 +5,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from api.engine.adapters import Adapter, applied
 from api.engine.preview import preview
+from api.engine.sampler import SAMPLERS
 from api.errors import BadPicture, Blocked
-from api.schemas import GenerateRequest
+from api.schemas import GenerateRequest, Scheduler
 
-SCHEDULERS: dict[str, type[Any]] = {
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_a": EulerAncestralDiscreteScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
+SCHEDULERS: dict[str, type[Any]] = {name: SAMPLERS[name] for name in get_args(Scheduler)}
 
 
 @dataclass(frozen=True)
