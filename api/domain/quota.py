@@ -16,6 +16,8 @@ from api.errors import LimitReached
 from api.store.tables import Request, Usage, User, now
 from api.wire.accounts import LimitName
 
+PER_DAY: tuple[LimitName, ...] = ("images_per_day", "steps_per_day")
+
 
 @dataclass(frozen=True)
 class Left:
@@ -53,8 +55,19 @@ class Used:
         self.steps_per_day += steps
 
 
-async def used(session: AsyncSession, user_ids: Collection[str]) -> dict[str, Used]:
-    """Returns what each of these users has used. A day is UTC's; what waits or runs counts as if it were drawn."""
+def limits_days(user: User, settings: Settings) -> bool:
+    """Tells whether a day has a limit for the user."""
+    return any(limit(user.limits, settings, name) for name in PER_DAY)
+
+
+async def used(session: AsyncSession, user_ids: Collection[str], today: bool = True) -> dict[str, Used]:
+    """Returns what each of these users has used. A day is UTC's; what waits or runs counts as if it were drawn.
+
+    Args:
+        session: a transaction that holds the users' rows, where a place is to be taken.
+        user_ids: who they are.
+        today: whether what was drawn today counts; nobody asks where no day has a limit.
+    """
     active = (
         select(
             Request.user_id,
@@ -72,20 +85,18 @@ async def used(session: AsyncSession, user_ids: Collection[str]) -> dict[str, Us
         .group_by(Usage.user_id)
     )
     counted = {user_id: Used(*map(int, counts)) for user_id, *counts in await session.execute(active)}
-    for user_id, images, steps in await session.execute(drawn):
-        today = counted.setdefault(user_id, Used())
-        today.images_per_day += int(images)
-        today.steps_per_day += int(steps)
+    for user_id, images, steps in await session.execute(drawn) if today else ():
+        day = counted.setdefault(user_id, Used())
+        day.images_per_day += int(images)
+        day.steps_per_day += int(steps)
     return {user_id: counted.get(user_id, Used()) for user_id in user_ids}
 
 
 def left(user: User, used: Used, settings: Settings) -> dict[LimitName, Left]:
     """Returns the limits that the database counts, and what is left of them."""
-    names: tuple[LimitName, ...] = ("queued", "running", "images_per_day", "steps_per_day")
+    names: tuple[LimitName, ...] = ("queued", "running", *PER_DAY)
     return {
-        name: Left(
-            limit(user.limits, settings, name), getattr(used, name), _tomorrow() if name.endswith("_per_day") else None
-        )
+        name: Left(limit(user.limits, settings, name), getattr(used, name), _tomorrow() if name in PER_DAY else None)
         for name in names
     }
 

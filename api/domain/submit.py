@@ -136,7 +136,9 @@ class Desk:
         users = await self._hold(session, {order.user_id for order in orders})
         queued = select(func.count()).where(QUEUED).scalar_subquery()
         virtual_time, waiting = (await session.execute(select(Queue.virtual_time, queued))).one()
-        return _Book(virtual_time, waiting, users, await quota.used(session, users), await _known(session, orders))
+        today = any(quota.limits_days(user, self._settings) for user in users.values())
+        used = await quota.used(session, users, today)
+        return _Book(virtual_time, waiting, users, used, await _known(session, orders))
 
     async def _hold(self, session: AsyncSession, user_ids: set[str]) -> dict[str, User]:
         """Returns those users who exist. Their rows are held from here on: of two requests one takes the last place.
