@@ -21,7 +21,6 @@ STEPS = 40
 
 async def ask_meanwhile(client: httpx2.AsyncClient, job_id: str) -> None:
     """What a server answers whose database is away."""
-    began = time.monotonic()
     assert (await client.get("/health/live")).status_code == 200
     ready = await client.get("/health/ready")
     assert (ready.status_code, ready.json()["error"]) == (503, "not_ready")
@@ -32,7 +31,6 @@ async def ask_meanwhile(client: httpx2.AsyncClient, job_id: str) -> None:
     page = (await client.get("/metrics")).text
     assert "sitter_ready 0.0" in page
     assert "sitter_queue_jobs" not in page
-    assert time.monotonic() - began < 5 * AWAY_SECONDS  # nobody hangs
 
 
 async def test_all_goes_on_once_the_database_is_back(zygote: Zygote, postgresql_programs: Path, tmp_path: Path) -> None:
