@@ -147,12 +147,14 @@ class Request(Table):
     __table_args__ = (
         UniqueConstraint("user_id", "idempotency_key"),
         Index("requests_by_user", "user_id", "id"),
-        # The queue, in the order of its claims; it stays small while the history grows.
+        # The queue, in the order of its claims; it stays small while the history grows. Its sums are made of the
+        # index alone, and so are those of `requests_active`.
         Index(
             "requests_queued",
             text("priority DESC"),
             "start_tag",
             "id",
+            "work",
             sqlite_where=text("status = 'queued'"),
             postgresql_where=text("status = 'queued'"),
         ),
@@ -160,6 +162,8 @@ class Request(Table):
             "requests_active",
             "user_id",
             "status",
+            "images",
+            "steps",
             sqlite_where=text("status IN ('queued', 'running')"),
             postgresql_where=text("status IN ('queued', 'running')"),
         ),
