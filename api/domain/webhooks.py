@@ -11,6 +11,7 @@ import asyncio
 import base64
 import json
 import random
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from api.domain import outside, quota
 from api.domain.metrics import Metrics
 from api.domain.outside import Answer, Resolve
 from api.domain.wake import Wake
-from api.errors import InvalidRequest, NotFound, SitterError
+from api.errors import Contended, DatabaseUnavailable, InvalidRequest, NotFound, SitterError, StorageFull
 from api.store.database import Database
 from api.store.tables import Delivery, Image, Request, User, now
 from api.store.vault import Vault
@@ -40,6 +41,7 @@ POLL_SECONDS = 1.0  # how often deliveries of other processes' jobs are looked f
 AT_ONCE = 16  # deliveries under way
 AT_ONCE_OF_USER = 4  # so that one's dead receivers do not hold up everybody's
 CLAIM = timedelta(minutes=2)  # after which another process sends what this one has not finished
+RETRY_SECONDS = 1.0  # between tries to note what became of one
 AGAIN = [timedelta(seconds=5), timedelta(minutes=5), timedelta(minutes=30)]
 AGAIN += [timedelta(hours=hours) for hours in (2, 5, 10, 14, 20, 24)]
 LONGEST = timedelta(hours=24)  # that a receiver may have us wait
@@ -183,7 +185,7 @@ class Deliverer:
         try:
             sent, wait = await self._send(parcel)
             self._metrics.webhook(sent)
-            await self._note(parcel, wait)
+            await self._insist(parcel, wait)
         except SitterError as error:  # the claim lapses, and it is sent again; so it is in the next case
             log.warning(error.code, reason=error.detail)
         except Exception as error:
@@ -215,6 +217,18 @@ class Deliverer:
         told.info("webhook_delivered" if sent else "webhook_failed", status=answer.status)
         # 410: they want no more of them.
         return sent, None if sent or answer.status == 410 else _retry_after(answer)
+
+    async def _insist(self, parcel: Parcel, wait: timedelta | None) -> None:
+        """Notes what became of a delivery, waiting for the database as long as nobody else may send it."""
+        until = time.monotonic() + CLAIM.total_seconds()
+        while True:
+            try:
+                return await self._note(parcel, wait)
+            except (Contended, DatabaseUnavailable, StorageFull) as error:
+                if time.monotonic() > until:
+                    raise
+                log.warning(error.code, reason=error.detail)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _note(self, parcel: Parcel, wait: timedelta | None) -> None:
         """Deletes a delivery that is done with, or after its last try; else says when the next one is due."""

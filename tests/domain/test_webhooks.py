@@ -2,20 +2,21 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 from sqlalchemy import delete, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
 from standardwebhooks import Webhook
 
 from api.domain import webhooks
 from api.domain.metrics import Metrics
 from api.domain.wake import Wake
 from api.domain.webhooks import AGAIN, Deliverer, webhook_secret
-from api.errors import NotFound
+from api.errors import DatabaseUnavailable, NotFound
 from api.store.database import Database
 from api.store.tables import Delivery, Request, User, now
 from api.store.vault import Vault
@@ -261,6 +262,36 @@ async def test_one_that_died_between_is_sent_again_under_its_id(post: Post) -> N
             await post.until(nothing)
         first, second = receiver.hits
         assert first.headers["webhook-id"] == second.headers["webhook-id"] == row.id
+
+
+async def test_what_arrived_is_noted_once_the_database_is_back(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "RETRY_SECONDS", 0.01)
+    hang = Hang()
+    with peer(hang) as receiver:
+        await post.add(receiver.url())
+        try:
+            async with post.running():
+                await _hits(receiver, 1)
+                failures = _fail_next(post.database, 3, monkeypatch)
+                hang.go.set()
+                await post.until(nothing)
+        finally:
+            hang.go.set()
+        assert (failures, len(receiver.hits)) == ([], 1)
+
+
+def _fail_next(database: Database, times: int, monkeypatch: pytest.MonkeyPatch) -> list[DatabaseUnavailable]:
+    """Has the next transactions fail; returns the failures that are still to come."""
+    failures = [DatabaseUnavailable("it is away") for _ in range(times)]
+    transaction = database.transaction
+
+    def away_at_first() -> AbstractAsyncContextManager[AsyncSession]:
+        if failures:
+            raise failures.pop()
+        return transaction()
+
+    monkeypatch.setattr(database, "transaction", away_at_first)
+    return failures
 
 
 async def _hits(receiver: Peer, count: int) -> None:
