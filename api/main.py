@@ -17,7 +17,7 @@ from api import __version__
 from api.config import Settings, load_settings
 from api.domain.metrics import Metrics
 from api.domain.users import offer_setup
-from api.errors import SettingsError, StorageUnavailable
+from api.errors import SettingsError, SitterError
 from api.model_service import ModelService
 from api.routes import accounts, admin, cache, generate, health, images, jobs, metrics, privacy, setup
 from api.routes.docs import add_docs
@@ -26,7 +26,7 @@ from api.routes.guard import add_guard
 from api.routes.limits import BodyLimit
 from api.routes.observed import Observed
 from api.store.files import PictureFolder
-from api.wiring import MakeModels, Service, open_service, working
+from api.wiring import MakeModels, Service, migrate_database, open_service, working
 
 DESCRIPTION = """Draws people from their own fine-tuned models: `sks person` in a prompt is whoever `user_id` names.
 
@@ -94,10 +94,11 @@ def __getattr__(name: str) -> FastAPI:
         try:
             settings = load_settings()
             PictureFolder(settings.output_dir).check()
+            migrate_database(settings)
         except SettingsError as error:
             print(f"{error}\nThe README lists every setting.", file=sys.stderr)
             raise SystemExit(2) from error
-        except StorageUnavailable as error:
+        except SitterError as error:
             print(f"{error.detail}\n{error.hint}", file=sys.stderr)
             raise SystemExit(1) from error
         return create_app(settings)

@@ -30,7 +30,7 @@ from api.domain import outside, quota
 from api.domain.metrics import Metrics
 from api.domain.outside import Answer, Resolve
 from api.domain.wake import Wake
-from api.errors import Contended, DatabaseUnavailable, InvalidRequest, NotFound, SitterError, StorageFull
+from api.errors import DatabaseUnavailable, InvalidRequest, NotFound, SitterError, StorageFull
 from api.store.database import Database
 from api.store.tables import Delivery, Image, Request, User, now
 from api.store.vault import Vault
@@ -224,7 +224,7 @@ class Deliverer:
         while True:
             try:
                 return await self._note(parcel, wait)
-            except (Contended, DatabaseUnavailable, StorageFull) as error:
+            except (DatabaseUnavailable, StorageFull) as error:
                 if time.monotonic() > until:
                     raise
                 log.warning(error.code, reason=error.detail)

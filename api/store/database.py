@@ -18,6 +18,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 30.0  # how long a writer waits for another: of another process it may be long, SQLite knows no queue
 POOL_SECONDS = 10.0
 LOCKED = "others kept the database locked for too long"
+START_HINT = "See that the server of DATABASE_URL runs, or that the file may be written to."
 FOLDER_HINT = "DATA_DIR must be a folder that the server may write to."
 
 
@@ -188,4 +189,5 @@ def migrate(url: str) -> None:
             command.upgrade(config, "head")
     except DatabaseUnavailable as error:  # the operator reads this one: with what the driver says
         said = getattr(error.__cause__, "orig", None)
-        raise DatabaseUnavailable(f"{error.detail}: {str(said).splitlines()[0]}") if said else error from error
+        reason = f"{error.detail}: {str(said).splitlines()[0]}" if said else error.detail
+        raise DatabaseUnavailable(reason, vars(error).get("hint", START_HINT)) from error

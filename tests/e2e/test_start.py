@@ -166,6 +166,17 @@ def test_an_output_folder_that_cannot_be_written_stops_the_start(command: Sequen
     assert "Sitter is at" not in ended.stdout
 
 
+@pytest.mark.parametrize("command", [(*SITTER, "serve"), (*UVICORN[:-1], "0")])
+def test_a_database_that_is_away_stops_the_start(command: Sequence[str], tmp_path: Path) -> None:
+    away = {"DATABASE_URL": "postgresql://127.0.0.1:1/sitter", "OUTPUT_DIR": str(tmp_path / "output")}
+    ended = run(*command, cwd=API if "main" in str(command) else ROOT, PORT="0", **away)
+    assert ended.returncode == 1
+    reason, hint = ended.stderr.splitlines()
+    assert reason.startswith("the database does not answer: ")
+    assert "DATABASE_URL" in hint
+    assert "Sitter is at" not in ended.stdout
+
+
 def test_an_unknown_setting_in_a_file_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "sitter.yaml").write_text("prot: 8000\n")
     ended = run(*SITTER, "serve", SITTER_CONFIG=str(tmp_path / "sitter.yaml"))
