@@ -15,8 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.config import Settings
 from api.errors import SettingsError
+from api.wiring import GRACEFUL_SECONDS
 
-GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
 HEAD_SECONDS = 20.0  # for the head of a request; `routes/limits` has those for its body
 MOST_CONNECTIONS = 2000  # more are answered 503
 # Addresses to listen on that are none to go to, and where this machine finds what listens there.

@@ -30,7 +30,7 @@ MakeModels = Callable[[Settings], ModelService]
 Chore = Callable[[], Awaitable[None]]
 AGAIN_SECONDS = 1.0  # until a chore is begun anew
 log = structlog.get_logger()
-GRACEFUL_SECONDS = 7.0  # under the 10 that container runtimes wait before they kill
+GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, CursorResult, case, func, literal, literal_column, null, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, Row, case, func, literal, literal_column, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.errors import SitterError
@@ -57,6 +57,9 @@ class Finished:
     seconds: float
 
 
+_Found = Row[Request, dict[str, Any]]  # a job and its user's limits
+
+
 def charge(priority: int, work: int) -> int:
     """Returns what of a job's work its user's next jobs wait for: nothing of one that goes before everybody's turn."""
     return 0 if priority > 0 else work
@@ -80,31 +83,38 @@ async def claim(
     async with database.transaction() as session:
         # One at a time: two at once would both count the same running jobs and pass a user's cap.
         await session.execute(select(Queue.id).with_for_update())
+        places = await _places(session, max_running)
         while len(claims) < most:
-            capped = await _users_at_their_cap(session, max_running)
-            job = await _next(session, capped, warm, warm_first_seconds)
-            if job is None:
+            capped = [user for user, left in places.items() if left <= 0]
+            found = await _next(session, capped, warm, warm_first_seconds)
+            if found is None:
                 break
+            job, limits = found
+            if cap := limits.get("running", max_running):
+                places[job.user_id] = places.setdefault(job.user_id, cap) - 1
             claims.append(_begin(job, worker))
     return claims
 
 
 async def _next(
     session: AsyncSession, capped: Collection[str], warm: Collection[str], warm_first_seconds: float
-) -> Request | None:
-    """Returns the job whose turn it is, and moves virtual time to the head of the queue."""
-    queued = select(Request).where(QUEUED, Request.user_id.not_in(capped))
-    take = queued.order_by(*ORDER).limit(1).with_for_update(skip_locked=True)
-    head: Request | None = await session.scalar(take)
-    if head is None:
+) -> _Found | None:
+    """Returns the job whose turn it is with its user's limits, and moves virtual time to the head of the queue."""
+    queued = select(Request, User.limits).join(User, User.id == Request.user_id)
+    queued = queued.where(QUEUED, Request.user_id.not_in(capped))
+    take = queued.order_by(*ORDER).limit(1).with_for_update(of=Request, skip_locked=True)
+    found: _Found | None = (await session.execute(take)).one_or_none()
+    if found is None:
         return None
+    head, _ = found
     # By the head: whoever is overtaken is still at the present, and who comes next does not get behind them.
     await session.execute(update(Queue).where(Queue.virtual_time < head.start_tag).values(virtual_time=head.start_tag))
     waited = (now() - head.created_at).total_seconds()
     # Less than nothing says that two clocks differ: nobody is overtaken for that.
     if head.model_id in warm or not warm or not 0 <= waited < warm_first_seconds:
-        return head
-    return await session.scalar(take.where(Request.model_id.in_(warm), Request.priority == head.priority)) or head
+        return found
+    sooner = take.where(Request.model_id.in_(warm), Request.priority == head.priority)
+    return (await session.execute(sooner)).one_or_none() or found
 
 
 def _begin(job: Request, worker: str) -> Claim:
@@ -118,11 +128,12 @@ def _begin(job: Request, worker: str) -> Claim:
     return Claim(job, token)
 
 
-async def _users_at_their_cap(session: AsyncSession, max_running: int) -> list[str]:
-    running = select(User, func.count()).join(Request, Request.user_id == User.id)
+async def _places(session: AsyncSession, max_running: int) -> dict[str, int]:
+    """Returns how many more jobs may run of each user who has some running, and may not have any number."""
+    running = select(User.id, User.limits, func.count()).join(Request, Request.user_id == User.id)
     rows = await session.execute(running.where(RUNNING).group_by(User.id))
-    caps = ((user.id, count, user.limits.get("running", max_running)) for user, count in rows)
-    return [user for user, count, most in caps if most and count >= most]
+    caps = ((user, limits.get("running", max_running), count) for user, limits, count in rows)
+    return {user: cap - count for user, cap, count in caps if cap}
 
 
 async def beat(database: Database, claims: Iterable[tuple[Claim, Progress]]) -> tuple[set[str], set[str]]:

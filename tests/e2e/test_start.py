@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from api.serving import GRACEFUL_SECONDS
+from api.wiring import GRACEFUL_SECONDS
 from tests.e2e.pictures import open_png
 from tests.e2e.server import API, ONE_STEP, PATIENCE_SECONDS, ROOT, SITTER, SMALL, Server, environment
 
