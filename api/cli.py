@@ -106,7 +106,7 @@ def generate(
 
 @app.command()
 def worker(
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Jobs in hand at once.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Jobs in hand at once.")] = 8,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of 127.0.0.1 where Prometheus reads what it counts.")
     ] = None,

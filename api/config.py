@@ -175,7 +175,14 @@ class Settings(BaseSettings):
         description="Addresses or networks (`a, b/16`) of proxies whose X-Forwarded-For and -Proto are believed.",
     )
     workers: int = Field(
-        default=2, ge=0, le=64, description="Jobs in hand at once in the server; 0 leaves them to `sitter worker`."
+        default=8, ge=0, le=64, description="Jobs in hand at once in the server; 0 leaves them to `sitter worker`."
+    )
+    batch_rows: int = Field(
+        default=16,
+        ge=2,
+        le=256,
+        description="Rows of one step: a picture is two, or one without guidance. More users' models fit in a step, "
+        "and each step takes longer.",
     )
     lease_seconds: float = Field(
         default=30.0, ge=0.5, le=3600, description="A job whose worker is silent for so long runs again elsewhere."

@@ -1,7 +1,7 @@
 """ModelService: whose model draws, loaded lazily and once, cached by bytes, leased while it draws.
 
 Torch comes in with `api.engine`, which is imported off the event loop, so that the server listens at once.
-Loads run on the threads that ask for them; drawing runs on one thread, in the order of arrival.
+Loads, texts and decoding run on the threads that ask for them; the engine's step loop denoises for all of them at once.
 """
 
 import gc
@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,14 +21,16 @@ import structlog
 from api.config import ModelSource, Settings
 from api.engine.cache import Lease, Loaded, ModelCache, Reserve
 from api.engine.finder import Finder
+from api.engine.turns import Turns
 from api.errors import EngineUnavailable, OutOfMemory, ShuttingDown
-from api.schemas import GenerateRequest, Timings
+from api.schemas import GenerateRequest, Lane, Timings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from api.engine.adapters import Adapter
-    from api.engine.engine import Base, Engine
+    from api.engine.base import Base
+    from api.engine.engine import Engine
     from api.engine.pipeline import Drawing, OnStep, Step
     from api.engine.sources import FoundBase
 
@@ -36,7 +38,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 RANDOM_SEEDS = 2**32
-DRAWING_AND_NEXT = 2  # models in use at once: one draws, the next loads meanwhile
+BASES_IN_USE = 2  # at once: one draws, the next loads meanwhile
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Generation:
     seeds: list[int]
     model_id: str
     cache_hit: bool
+    lane: Lane
     timings: Timings
+    device_seconds: float  # its share of the device's time
     unread: dict[str, str] = field(default_factory=dict)  # by field of the request
 
     @property
@@ -95,10 +99,10 @@ class ModelService:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
-        self._started: Future[tuple[Engine, ModelCache[Any]]] = self._drawing.submit(_start, settings)
+        self._starting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="start")
+        self._started: Future[tuple[Engine, ModelCache[Any]]] = self._starting.submit(_start, settings)
         self._stopping = threading.Event()
-        self._turns = threading.Semaphore(DRAWING_AND_NEXT)
+        self._turns = Turns(BASES_IN_USE)
         self._finder = Finder(self._find_base)
 
     @property
@@ -133,9 +137,19 @@ class ModelService:
             decode=drawn.drawing.decode_seconds,
             encode=time.perf_counter() - began,
         )
-        log.info("drawn", model=source.model_id, cache_hit=drawn.cache_hit, **timings.model_dump())
+        drawing = drawn.drawing
+        log.info("drawn", model=source.model_id, cache_hit=drawn.cache_hit, lane=drawing.lane, **timings.model_dump())
         seeds = [seed + index for index in range(len(pngs))]
-        return Generation(pngs, seeds, source.model_id, drawn.cache_hit, timings, drawn.drawing.unread)
+        return Generation(
+            pngs,
+            seeds,
+            source.model_id,
+            drawn.cache_hit,
+            drawing.lane,
+            timings,
+            drawing.device_seconds,
+            drawing.unread,
+        )
 
     def warm(self) -> frozenset[str]:
         """Returns the ids of the models in memory; none while the engine starts."""
@@ -186,7 +200,10 @@ class ModelService:
     def close(self) -> None:
         """Ends the drawing under way at its next step and refuses what waits."""
         self._stopping.set()
-        self._drawing.shutdown(wait=True, cancel_futures=True)
+        self._turns.close()
+        self._starting.shutdown(wait=True, cancel_futures=True)
+        if not self._started.cancelled() and self._started.exception() is None:
+            self.engine.close()
 
     def _draw_with_model(self, source: ModelSource, request: GenerateRequest, seed: int, on_step: "OnStep") -> _Drawn:
         self._finder.find(source).check_size(request.width, request.height)
@@ -196,20 +213,15 @@ class ModelService:
             self._raise_if_stopping()
             on_step(step)
 
-        # A model is in use only while it draws or is next: however many requests wait, the byte budget holds.
-        with self._turns:
-            self._raise_if_stopping()
+        # A model is in use only from its turn on: however many requests wait, the byte budget holds.
+        with self._turns.turn(source.without_lora()):
             turn = time.perf_counter()
             with self.lease(source) as model:
                 leased = time.perf_counter()
-
-                def draw() -> "tuple[float, Drawing]":
-                    self._raise_if_stopping()
-                    return time.perf_counter(), self.engine.draw(model.base, model.adapter, request, seed, checked_step)
-
-                began, drawing = self._retried_without_idle(lambda: self._on_drawing_thread(draw))
-                queued = (turn - asked) + (began - leased)
-                return _Drawn(drawing, model.cache_hit, load_seconds=leased - turn, queue_seconds=queued)
+                drawing = self._retried_without_idle(
+                    lambda: self.engine.draw(model.base, model.adapter, request, seed, checked_step)
+                )
+                return _Drawn(drawing, model.cache_hit, load_seconds=leased - turn, queue_seconds=turn - asked)
 
     def _find_base(self, source: ModelSource) -> "FoundBase":
         return self.engine.find_base(source)  # the engine is not there yet when the finder is made
@@ -240,14 +252,6 @@ class ModelService:
             return self.engine.load_adapter(file, base, source.lora_scale)
 
         return self.cache.lease(source, load)
-
-    def _on_drawing_thread(self, action: Callable[[], T]) -> T:
-        try:
-            return self._drawing.submit(action).result()
-        except (CancelledError, RuntimeError) as error:
-            if self._stopping.is_set():
-                raise ShuttingDown("the server is stopping") from error
-            raise
 
     def _raise_if_stopping(self) -> None:
         # The main thread is gone when the process was told to end at once, without `close`.

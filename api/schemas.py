@@ -11,6 +11,7 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
 
 Scheduler = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc"]
+Lane = Literal["batch", "exact", "stock"]
 
 
 def _printable(text: str) -> str:
@@ -83,6 +84,12 @@ class GenerateRequest(BaseModel):
         description="Pictures to draw; the second uses seed + 1, and so on.",
         examples=[1],
     )
+    reproducible: bool = Field(
+        default=False,
+        description="Draw it in no batch with others, whose number changes the last digits: slower, and the same seed "
+        "draws the same picture to the last bit.",
+        examples=[False],
+    )
 
     @model_validator(mode="after")
     def _seeds_fit(self) -> Self:
@@ -130,6 +137,11 @@ class GenerateResponse(BaseModel):
     seed: int = Field(description="Seed of the first picture.", examples=[42])
     cache: Literal["hit", "miss"] = Field(
         description="Whether the model was in memory already, or on its way there.", examples=["hit"]
+    )
+    lane: Lane = Field(
+        description="`batch`: the model's LoRA beside those of other users; `exact`: weights of its own; "
+        "`stock`: diffusers' own call, for what neither can draw.",
+        examples=["batch"],
     )
     timings: Timings = Field(description="Seconds by phase.")
     job_id: str = Field(

@@ -83,7 +83,15 @@ def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
     timings = generation.timings.model_dump()
     timings["queue"] += drawn.waited_seconds
     warnings = [SENSITIVE_WARNING] if job.sensitive and generation.unread else generation.warnings
-    return Finished(images, generation.model_id, generation.cache_hit, timings, warnings, drawn.seconds)
+    return Finished(
+        images,
+        generation.model_id,
+        generation.cache_hit,
+        generation.lane,
+        timings,
+        warnings,
+        generation.device_seconds,
+    )
 
 
 def _save_one(studio: Studio, job: Request, drawn: Drawn, position: int, seed: int, plain: bytes) -> Image:

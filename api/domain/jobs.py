@@ -47,11 +47,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a worker publishes: the pictures' rows, and how they were made."""
+    """What a worker publishes: the pictures' rows, and how they were made; `seconds` are the device's."""
 
     images: Sequence[Image]
     model_id: str
     cache_hit: bool
+    lane: str
     timings: dict[str, Any]
     warnings: list[str]
     seconds: float
@@ -176,6 +177,7 @@ async def publish(database: Database, claim: Claim, finished: Finished) -> bool:
             status="succeeded",
             model_id=finished.model_id,
             cache_hit=finished.cache_hit,
+            lane=finished.lane,
             timings=finished.timings,
             warnings=finished.warnings,
             step=job.parameters["num_inference_steps"],

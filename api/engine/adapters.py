@@ -1,18 +1,18 @@
-"""LoRA adapters: read from diffusers, peft and kohya files, and applied to a base while one picture is drawn.
+"""LoRA adapters: read from diffusers, peft and kohya files, and checked against their base.
 
 A LoRA holds, for some layers, factors A (rank, in) and B (out, rank): the layer's weight becomes
 W + scale · B A, with scale = alpha / rank (Hu et al., https://arxiv.org/abs/2106.09685, section 4.1).
-Only the factors are kept per user; the merged weights live as long as the drawing that uses them.
+Only the factors are kept per user: `slots` adds their products to what the layers say, row by row. Merged weights are
+for what cannot ride along so, and live as long as the drawing that uses them.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,10 +20,11 @@ from safetensors import safe_open
 from torch import nn
 
 from api.engine.sources import LORA_FILES
-from api.engine.weights import SAFETENSORS_HINT, loading, read_header
+from api.engine.weights import SAFETENSORS_HINT, loading, read_header, shell
 from api.errors import ModelUnavailable
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
+Module = TypeVar("Module", bound=nn.Module)
 COMPONENTS = ("unet", "text_encoder")
 
 # (ending of a key, which factor it is); the first three styles also name the layer by dots, kohya by underscores.
@@ -69,11 +70,15 @@ class LayerDelta:
         return (weight.float() + self.scale * delta).to(weight.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA, checked against its base: every layer exists there and every product has its weight's shape."""
+    """A LoRA, checked against its base: every layer exists there and every product has its weight's shape.
+
+    `key` names it where it is not to be kept alive.
+    """
 
     deltas: tuple[LayerDelta, ...]
+    key: object = field(default_factory=object)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yields every factor."""
@@ -136,28 +141,15 @@ def _read(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Ada
     )
 
 
-@contextmanager
-def applied(adapter: Adapter | None, pipeline: StableDiffusionPipeline) -> Iterator[None]:
-    """Draws with the adapter inside the block: merged weights stand in for the base's own, which come back exactly.
-
-    Not for two threads at once over one base: the engine draws on one thread.
-    """
-    replaced: list[tuple[nn.Module, nn.Parameter]] = []
-    try:
-        for delta in adapter.deltas if adapter else ():
-            module = getattr(pipeline, delta.component).get_submodule(delta.layer)
-            merged = nn.Parameter(delta.merged(module.weight), requires_grad=False)
-            replaced.append((module, module.weight))
-            _set_weight(module, merged)
-        yield
-    finally:
-        for module, original in replaced:
-            _set_weight(module, original)
-
-
-def _set_weight(module: nn.Module, weight: nn.Parameter) -> None:
-    # Not `module.weight = …`: while another thread loads a model, accelerate has that put weights on "meta".
-    module._parameters["weight"] = weight
+def merged(module: Module, adapter: Adapter, component: str) -> Module:
+    """Returns a copy of `module`, the `component` of its base, with the adapter merged; it shares all other weights."""
+    copy = shell(module)
+    for delta in adapter.deltas:
+        if delta.component == component:
+            layer = copy.get_submodule(delta.layer)
+            # Not `layer.weight = …`: while another thread loads a model, accelerate has that put weights on "meta".
+            layer._parameters["weight"] = nn.Parameter(delta.merged(layer.weight), requires_grad=False)
+    return copy
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, Layer]]:

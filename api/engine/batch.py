@@ -9,11 +9,11 @@ of those who are there, so that nobody is made to wait for what others missed.
 """
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,27 +28,13 @@ OnCall = Callable[[int, Tensor], None]
 """Called after each call of the UNet with how many are done and the latents; whatever it raises ends the task."""
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """What rows that share a forward have in common: one UNet, and the slots of its adapters."""
-
-    unet: Any
-    slots: Slots
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Returns the precision that the UNet computes in."""
-        dtype: torch.dtype = self.unet.dtype
-        return dtype
-
-
 @dataclass(eq=False)
 class Task:
     """A request while it is drawn: its pictures, all at the same call.
 
     Args:
-        model: what draws them.
-        adapter: the LoRA that changes its rows, with what identifies it, or None.
+        model: the UNet that draws them, with slots for adapters; rows of one model share a forward.
+        adapter: the LoRA that changes its rows, or None.
         user_id: whose turn it takes.
         schedule: the sampler's table.
         state: (pictures, STATE, channels, height, width) float32, see `sampler.start`.
@@ -56,11 +42,12 @@ class Task:
         guidance_scale: 1 or less is no guidance.
         guidance_rescale: see https://arxiv.org/abs/2305.08891, section 3.4; 0 is none.
         generators: one for each picture, for samplers that add noise.
+        alone: no other task's rows are in its forwards, so that nothing of it depends on who else is there.
         on_call: see `OnCall`.
     """
 
-    model: Model
-    adapter: tuple[Hashable, Adapter] | None
+    model: Slots
+    adapter: Adapter | None
     user_id: str
     schedule: Schedule
     state: Tensor
@@ -68,8 +55,10 @@ class Task:
     guidance_scale: float
     guidance_rescale: float
     generators: Sequence[torch.Generator]
+    alone: bool = False
     on_call: OnCall = lambda done, latents: None
     done: int = 0
+    seconds: float = 0.0  # its share of the time that its forwards took
     slot: int | None = None  # of its adapter, while it is drawn
     ended: "Future[Tensor]" = field(default_factory=Future)  # the latents (pictures, channels, height, width)
 
@@ -161,18 +150,20 @@ class Batch:
         while waiting:
             task = min(waiting, key=lambda task: served[task.user_id])
             waiting.remove(task)
-            fits = not chosen or (task.kind == chosen[0].kind and task.rows <= room)
+            fits = not chosen or (task.kind == chosen[0].kind and task.rows <= room and not task.alone)
             if fits and self._has_slot(task):
                 chosen.append(task)
                 room -= task.rows
                 served[task.user_id] += task.cost
+                if task.alone:
+                    break
         return chosen
 
     def _has_slot(self, task: Task) -> bool:
         """Takes a slot for the task unless it has one. Returns False when it has to wait, or cannot have any."""
         if task.slot is None:
             try:
-                task.slot = task.model.slots.acquire(*task.adapter) if task.adapter else NO_ADAPTER
+                task.slot = task.model.acquire(task.adapter) if task.adapter else NO_ADAPTER
             except SlotsFull:
                 return False
             except Exception as error:
@@ -182,6 +173,7 @@ class Batch:
 
     def _run(self, tasks: Sequence[Task]) -> None:
         """Moves every task on by one call of the UNet. One that fails, whatever it is, fails alone."""
+        began = time.perf_counter()
         try:
             states = step(tasks)
         except Exception as error:
@@ -191,8 +183,10 @@ class Batch:
             for task in tasks:  # memory may suffice for one by one, and whose fault it was shows
                 self._run([task])
             return
+        a_row = (time.perf_counter() - began) / sum(task.rows for task in tasks)
         for task, state in zip(tasks, states, strict=True):
             task.state = state
+            task.seconds += a_row * task.rows
             task.done += 1
 
     def _postprocess(self, tasks: Sequence[Task]) -> None:
@@ -213,7 +207,7 @@ class Batch:
                 self._served[task.user_id] += task.cost
             for task in self._tasks:
                 if task.ended.done() and task.slot is not None:
-                    task.model.slots.release(task.slot)
+                    task.model.release(task.slot)
                     task.slot = None
             self._tasks = [task for task in self._tasks if not task.ended.done()]
             present = {task.user_id for task in self._tasks}
@@ -242,15 +236,15 @@ def step(tasks: Sequence[Task]) -> Sequence[Tensor]:
     return torch.split(after, [task.pictures for task in tasks])
 
 
-def _predict(model: Model, tasks: Sequence[Task], states: Tensor) -> Tensor:
+def _predict(model: Slots, tasks: Sequence[Task], states: Tensor) -> Tensor:
     """Returns what the UNet says of every row: (rows, channels, height, width) float32."""
     scales = torch.cat([_of_pictures(task, task.schedule.scales[task.done]) for task in tasks])
     latents = (states[:, 0] * scales.to(states.device)[:, None, None, None]).to(model.dtype)
     rows = latents[torch.tensor(_picture_of_rows(tasks))]
     timesteps = torch.cat([task.schedule.timesteps[task.done].expand(task.rows) for task in tasks]).to(states.device)
     text = torch.cat([task.text for task in tasks])
-    with model.slots.rows([task.slot or NO_ADAPTER for task in tasks for _ in range(task.rows)]):
-        predicted: Tensor = model.unet(rows, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    with model.rows([task.slot or NO_ADAPTER for task in tasks for _ in range(task.rows)]):
+        predicted: Tensor = model.module(rows, timesteps, encoder_hidden_states=text, return_dict=False)[0]
     return predicted.float()
 
 

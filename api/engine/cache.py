@@ -21,10 +21,11 @@ Reserve = Callable[[Mapping[str, int]], None]
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """What a loader returns: the value and its storages."""
+    """What a loader returns: the value, its storages, and what is to be done once it is neither kept nor used."""
 
     value: T
     sizes: Sizes
+    on_drop: Callable[[], None] = lambda: None
 
 
 @dataclass(eq=False)
@@ -225,7 +226,9 @@ class ModelCache(Generic[T]):
         if not entry.stale or entry.users or entry not in self._held:
             return
         self._held.remove(entry)
-        for storage in entry.future.result().sizes:
+        loaded = entry.future.result()
+        loaded.on_drop()
+        for storage in loaded.sizes:
             device, size, held = self._storages.pop(storage)
             if held > 1:
                 self._storages[storage] = (device, size, held - 1)

@@ -2,20 +2,21 @@
 
 import gc
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
 import diffusers
 import psutil
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
 
 from api.config import ModelSource, Settings, locate
 from api.engine import components, sources, weights
 from api.engine.adapters import Adapter, find_adapter_file, load_adapter
+from api.engine.base import Base
+from api.engine.batch import Batch
 from api.engine.cache import Loaded
 from api.engine.pipeline import Drawing, OnStep, draw
 from api.engine.sources import FoundBase
@@ -25,8 +26,6 @@ from api.schemas import GenerateRequest
 HOST_SHARE = 0.5
 GPU_SHARE = 0.7
 CGROUP = Path("/sys/fs/cgroup")
-
-Base: TypeAlias = StableDiffusionPipeline
 
 
 class Engine:
@@ -45,6 +44,7 @@ class Engine:
         self._placement = components.choose_placement(settings)
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
+        self._batch = Batch(settings.batch_rows)
 
     @property
     def device(self) -> str:
@@ -102,9 +102,10 @@ class Engine:
         """Returns the base, on the device. Raises ModelUnavailable or OutOfMemory."""
         with _our_out_of_memory():
             pipeline = components.load_pipeline(found, self._placement, self._pool)
+            base = Base(pipeline, slots=self._settings.batch_rows)
         modules = (getattr(pipeline, name) for name in sources.TENSOR_COMPONENTS)
         tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
-        return Loaded(pipeline, weights.storages_of(tensors))
+        return Loaded(base, weights.storages_of(tensors))
 
     def find_adapter(self, source: ModelSource) -> Path:
         """Returns the weight file of the LoRA of `source`. Raises ModelUnavailable."""
@@ -114,15 +115,25 @@ class Engine:
     def load_adapter(self, file: Path, base: Base, strength: float) -> Loaded[Adapter]:
         """Returns the LoRA in `file`, checked against its base, on the host. Raises ModelUnavailable or OutOfMemory."""
         with _our_out_of_memory():
-            adapter = load_adapter(file, base, strength)
-        return Loaded(adapter, weights.storages_of(adapter.tensors()))
+            adapter = load_adapter(file, base.pipeline, strength)
+        rides_on = weakref.ref(base)  # which may leave before the adapter does
+
+        def drop() -> None:
+            if (still := rides_on()) is not None:
+                still.drop(adapter)
+
+        return Loaded(adapter, weights.storages_of(adapter.tensors()), drop)
 
     def draw(
         self, base: Base, adapter: Adapter | None, request: GenerateRequest, seed: int, on_step: OnStep
     ) -> Drawing:
-        """Draws the request; see `pipeline.draw`. Raises OutOfMemory besides."""
+        """Draws the request, beside what other threads draw; see `pipeline.draw`. Raises OutOfMemory besides."""
         with _our_out_of_memory():
-            return draw(base, adapter, request, seed, on_step)
+            return draw(base, adapter, request, seed, self._batch, on_step)
+
+    def close(self) -> None:
+        """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""
+        self._batch.close()
 
     def free_memory(self) -> None:
         """Hands memory that nothing refers to back to the device."""

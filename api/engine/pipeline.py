@@ -1,23 +1,35 @@
-"""Drawing: one request, one stock diffusers call, from a leased model to finished pixels."""
+"""Drawing: one request, from a leased model to finished pixels, in the lane that suits it.
+
+The batch draws what it can: base, adapter and sampler of every request in one forward with those of others. A LoRA that
+does not fit its slots, and a request that shall not depend on its neighbours, have weights of their own there (exact).
+What the step loop cannot do at all is left to diffusers' own call (stock).
+"""
 
 import copy
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
-from api.engine.adapters import Adapter, applied
+from api.engine import sampler, stock
+from api.engine.adapters import Adapter, merged
+from api.engine.base import Base
+from api.engine.batch import Batch, Task
 from api.engine.preview import preview
-from api.engine.sampler import SAMPLERS
-from api.errors import BadPicture, Blocked
-from api.schemas import GenerateRequest, Scheduler
+from api.engine.sampler import Schedule
+from api.engine.slots import NotForSlots, Slots
+from api.errors import BadPicture, Blocked, ModelUnavailable
+from api.schemas import GenerateRequest, Lane
 
-SCHEDULERS: dict[str, type[Any]] = {name: SAMPLERS[name] for name in get_args(Scheduler)}
+_decoding = threading.Lock()  # one at a time, so that the decoder's peak stays that of one
+_stock_call = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -34,70 +46,153 @@ OnStep = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class Drawing:
-    """Finished pictures, the seconds that denoising and decoding took, and what of the prompts was not read."""
+    """Finished pictures and how they were made.
+
+    Attributes:
+        images: one for each that was asked for.
+        lane: where they were denoised.
+        denoise_seconds: from the request to the last step, the steps of others included.
+        device_seconds: its share of the time that the device took for it.
+        decode_seconds: from latents to pixels.
+        unread: what of the prompts was not read, by field of the request.
+    """
 
     images: list[Image.Image]
+    lane: Lane
     denoise_seconds: float
+    device_seconds: float
     decode_seconds: float
-    unread: dict[str, str]  # by field of the request
+    unread: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Denoised:
+    latents: Tensor
+    lane: Lane
+    device_seconds: float
 
 
 def draw(
-    pipeline: StableDiffusionPipeline,
-    adapter: Adapter | None,
-    request: GenerateRequest,
-    seed: int,
-    on_step: OnStep,
+    base: Base, adapter: Adapter | None, request: GenerateRequest, seed: int, batch: Batch, on_step: OnStep
 ) -> Drawing:
-    """Returns the pictures of `request`, the first from `seed`, the next from `seed + 1` and so on.
-
-    The stock call does the denoising, with a scheduler and a pipeline object of its own: those keep state,
-    the modules behind them do not. Decoding is ours, so that latents are checked before anything is saved.
+    """Returns the pictures of `request`, the first from `seed`, the next from `seed + 1` and so on. Blocks.
 
     Args:
-        pipeline: the base; nobody else draws with it meanwhile.
-        adapter: LoRA applied for this drawing, or None.
+        base: what draws.
+        adapter: the user's LoRA over it, or None.
         request: what to draw.
         seed: where the noise comes from; drawn on the CPU, so that it is the same on every device.
-        on_step: called after each step; whatever it raises ends the drawing.
+        batch: the step loop.
+        on_step: called after each step, on the thread of the lane; whatever it raises ends the drawing.
 
     Raises:
         BadPicture: latents or pixels are not finite.
         Blocked: the model's safety checker refused a picture.
     """
-    own = StableDiffusionPipeline(
-        **{**pipeline.components, "scheduler": _scheduler(pipeline, request.scheduler)},
-        requires_safety_checker=False,
-    )
-    own.set_progress_bar_config(disable=True)
+    pipeline = base.pipeline
 
-    def after_step(_: Any, index: int, __: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        look = partial(preview, tensors["latents"][0], own.vae)
-        on_step(Step(index + 1, own.num_timesteps, look))  # some schedulers take a step more than asked
-        return tensors
+    def stepped(done: int, of: int, latents: Tensor) -> None:
+        on_step(Step(done, of, partial(preview, latents[0], pipeline.vae)))
 
-    width, height = drawn_size(pipeline, request.width, request.height)
-    with torch.inference_mode(), applied(adapter, pipeline):
+    with torch.inference_mode():
         started = time.perf_counter()
-        latents = own(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            num_images_per_prompt=request.num_images,
-            num_inference_steps=request.num_inference_steps,
+        schedule = _schedule(base, request)
+        if schedule is None:
+            denoised = _by_stock_call(base, adapter, request, seed, stepped)
+        else:
+            denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped)
+        done = time.perf_counter()
+        with _decoding:
+            began = time.perf_counter()
+            images = [sized(image, request.width, request.height) for image in _decode(pipeline, denoised.latents)]
+        decode_seconds = time.perf_counter() - began
+    return Drawing(
+        images,
+        denoised.lane,
+        done - started,
+        denoised.device_seconds + decode_seconds,
+        decode_seconds,
+        _unread(pipeline.tokenizer, request),
+    )
+
+
+def _schedule(base: Base, request: GenerateRequest) -> Schedule | None:
+    """Returns the sampler's table; None when only the stock call can draw the request."""
+    if not base.fits_the_batch:
+        return None
+    own = base.pipeline.scheduler
+    config = {**own.config, "_class_name": type(own).__name__}
+    try:
+        return sampler.schedule(request.scheduler, config, request.num_inference_steps)
+    except ModelUnavailable:  # it is no table of numbers
+        return None
+
+
+def _in_batch(
+    base: Base,
+    adapter: Adapter | None,
+    request: GenerateRequest,
+    seed: int,
+    schedule: Schedule,
+    batch: Batch,
+    stepped: Callable[[int, int, Tensor], None],
+) -> _Denoised:
+    pipeline = base.pipeline
+    width, height = drawn_size(pipeline, request.width, request.height)
+    shape = (
+        1,
+        pipeline.unet.config.in_channels,
+        height // pipeline.vae_scale_factor,
+        width // pipeline.vae_scale_factor,
+    )
+    guided = request.guidance_scale > 1
+    texts = [request.negative_prompt or "", request.prompt] if guided else [request.prompt]
+    text = torch.cat([base.texts.encode(text, adapter).expand(request.num_images, -1, -1) for text in texts])
+
+    def task(unet: Slots, rides: Adapter | None) -> Task:
+        generators = _generators(request, seed)
+        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
+        return Task(
+            model=unet,
+            adapter=rides,
+            user_id=request.user_id,
+            schedule=schedule,
+            state=sampler.start(noise, schedule).to(pipeline.device),
+            text=text,
             guidance_scale=request.guidance_scale,
-            # A model trained to zero terminal SNR says here how far guidance may widen its range:
-            # https://arxiv.org/abs/2305.08891, section 3.4.
-            guidance_rescale=pipeline.scheduler.config.get("_guidance_rescale", 0.0),
-            width=width,
-            height=height,
-            generator=[torch.Generator().manual_seed(seed + index) for index in range(request.num_images)],
-            output_type="latent",
-            callback_on_step_end=after_step,
-        ).images
-        denoised = time.perf_counter()
-        images = [sized(image, request.width, request.height) for image in _decode(own, latents)]
-    decoded = time.perf_counter()
-    return Drawing(images, denoised - started, decoded - denoised, _unread(pipeline.tokenizer, request))
+            guidance_rescale=stock.guidance_rescale(pipeline),
+            generators=generators,
+            alone=request.reproducible,
+            on_call=lambda done, latents: stepped(done, schedule.calls, latents),
+        )
+
+    if adapter is not None and not request.reproducible:
+        riding = task(base.unet, adapter)
+        try:
+            return _Denoised(batch.draw(riding), "batch", riding.seconds)
+        except NotForSlots:  # told before its first step
+            pass
+    unet = base.unet if adapter is None else Slots(merged(pipeline.unet, adapter, "unet"), "unet", count=0)
+    own = task(unet, None)
+    return _Denoised(batch.draw(own), "exact", own.seconds)
+
+
+def _by_stock_call(
+    base: Base,
+    adapter: Adapter | None,
+    request: GenerateRequest,
+    seed: int,
+    stepped: Callable[[int, int, Tensor], None],
+) -> _Denoised:
+    size = drawn_size(base.pipeline, request.width, request.height)
+    with _stock_call:
+        began = time.perf_counter()
+        latents = stock.draw(base.pipeline, adapter, request, size, _generators(request, seed), stepped)
+        return _Denoised(latents, "stock", time.perf_counter() - began)
+
+
+def _generators(request: GenerateRequest, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + index) for index in range(request.num_images)]
 
 
 def drawn_size(pipeline: StableDiffusionPipeline, width: int, height: int) -> tuple[int, int]:
@@ -135,17 +230,11 @@ def _beyond(tokenizer: Any, text: str) -> str:
     return text[start:]
 
 
-def _scheduler(pipeline: StableDiffusionPipeline, name: str | None) -> Any:
-    kind = SCHEDULERS[name] if name else type(pipeline.scheduler)
-    # Left to itself DDIM clips latents as if they were pixels; the pipeline still mends that, and says it will not.
-    return kind.from_config({"clip_sample": False, **pipeline.scheduler.config})
-
-
-def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+def _decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:
     """Returns the pictures of `latents` (pictures, channels, h/f, w/f)."""
     if not torch.isfinite(latents).all():
         raise BadPicture("the model lost its way: the latents are not finite")
-    scaled = latents / pipeline.vae.config.scaling_factor
+    scaled = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
     pixels = pipeline.vae.decode(scaled, return_dict=False)[0]
     if not torch.isfinite(pixels).all():  # known of SD's decoder in float16: once more in float32
         pixels = copy.deepcopy(pipeline.vae).float().decode(scaled.float(), return_dict=False)[0]

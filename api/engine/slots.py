@@ -1,4 +1,4 @@
-"""Slots: rows of different users' LoRAs in one forward of one UNet.
+"""Slots: rows of different users' LoRAs in one forward of one module.
 
 Each layer that some LoRA changes keeps a table of factors for a fixed number of slots, and each row of the batch names
 its slot: y = W x + b + B[slot] (A[slot] x), the gathered form of Punica (https://arxiv.org/abs/2310.18547, section 4)
@@ -6,6 +6,7 @@ and S-LoRA (https://arxiv.org/abs/2311.03285), here for convolutions as well. Sl
 copy into a slot: no module is built, and no buffer moves unless a layer meets a higher rank than ever before.
 """
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from api.engine.adapters import Adapter, Layer, LayerDelta
+from api.engine.weights import shell
 
-COMPONENT = "unet"
 NO_ADAPTER = 0
 RANKS = (4, 8, 16, 32, 64, 128)  # of tables: few shapes to compile for, and one high rank makes every row slower
 
@@ -27,7 +28,7 @@ class SlotsFull(Exception):
 
 
 class NotForSlots(Exception):
-    """The adapter cannot share a forward with others; draw it alone, with `adapters.applied`."""
+    """The adapter cannot share a forward with others; `adapters.merged` makes it a module of its own."""
 
 
 @dataclass
@@ -132,23 +133,33 @@ class _SlottedConv2d(nn.Conv2d):
 
 
 class Slots:
-    """A fixed number of slots for adapters in one module. Not for two threads at once.
+    """A fixed number of slots for adapters, in a module that is a copy of the base's and shares its weights.
+
+    Adapters may be dropped by any thread; all else is for one thread at a time.
 
     Args:
-        module: the UNet. Its layers are wrapped when the first adapter that changes them comes. A wrapper is a layer
-            of the same kind that shares the bare one's dictionaries, so names, parameters and `applied` stay as ever.
+        module: of the base; it stays as it is. The copy's layers are wrapped when the first adapter that changes them
+            comes. A wrapper is a layer of the same kind that shares the bare one's dictionaries.
+        component: its name in the base, as `LayerDelta` says it.
         count: how many adapters it holds at once; their slots are 1 … count.
     """
 
-    def __init__(self, module: nn.Module, count: int) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, component: str, count: int) -> None:
+        self.module = shell(module)
+        self._component = component
         self._count = count
+        self._changing = threading.Lock()
         self._rows = _Rows()
         self._index: dict[int, Tensor] = {}  # number of rows → the buffer that says their slots
         self._tables: dict[str, _Table] = {}  # by the layer's name
         self._slots: OrderedDict[Hashable, int] = OrderedDict()  # key → slot, least recently released first
-        self._free = self._all()
+        self._free = list(range(count, NO_ADAPTER, -1))
         self._users: Counter[int] = Counter()  # by slot
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the precision that the module computes in."""
+        return next(self.module.parameters()).dtype
 
     @property
     def nbytes(self) -> int:
@@ -160,43 +171,44 @@ class Slots:
         """Returns the keys whose adapters are here; of the idle ones the first is the next to leave."""
         return list(self._slots)
 
-    def acquire(self, key: Hashable, adapter: Adapter) -> int:
+    def acquire(self, adapter: Adapter) -> int:
         """Returns the slot of the adapter, copying it there if need be. It is the caller's until `release`.
 
-        Args:
-            key: identity of the adapter; what is here under an equal key is taken for the same.
-            adapter: only what it changes in the UNet counts; without any such change the slot is NO_ADAPTER.
+        Only what it changes in this module counts; without any such change the slot is NO_ADAPTER.
 
         Raises:
             SlotsFull: as many other adapters are in use as there are slots.
             NotForSlots: a rank is over 128, or a layer is of an unusual kind.
         """
-        deltas = {delta.layer: delta for delta in adapter.deltas if delta.component == COMPONENT}
+        deltas = {delta.layer: delta for delta in adapter.deltas if delta.component == self._component}
         if not deltas:
             return NO_ADAPTER
-        if key not in self._slots:
-            self._copy_in(key, deltas)
-        slot = self._slots[key]
-        self._users[slot] += 1
+        with self._changing:
+            if adapter.key not in self._slots:
+                self._copy_in(adapter.key, deltas)
+            slot = self._slots[adapter.key]
+            self._users[slot] += 1
         return slot
 
     def release(self, slot: int) -> None:
         """Ends one use of the slot. Its adapter stays until the slot is needed, or leaves now if it was dropped."""
         if slot == NO_ADAPTER:
             return
-        if not self._users[slot]:
-            raise ValueError(f"slot {slot} is not in use")
-        self._users[slot] -= 1
-        if keys := [key for key, held in self._slots.items() if held == slot]:
-            self._slots.move_to_end(keys[0])
-        elif not self._users[slot]:
-            self._erase(slot)
+        with self._changing:
+            if not self._users[slot]:
+                raise ValueError(f"slot {slot} is not in use")
+            self._users[slot] -= 1
+            if keys := [key for key, held in self._slots.items() if held == slot]:
+                self._slots.move_to_end(keys[0])
+            elif not self._users[slot]:
+                self._erase(slot)
 
-    def drop(self, key: Hashable) -> None:
+    def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter, if it is here, and erases it as soon as nobody uses it."""
-        slot = self._slots.pop(key, NO_ADAPTER)
-        if slot != NO_ADAPTER and not self._users[slot]:
-            self._erase(slot)
+        with self._changing:
+            slot = self._slots.pop(adapter.key, NO_ADAPTER)
+            if slot != NO_ADAPTER and not self._users[slot]:
+                self._erase(slot)
 
     @contextmanager
     def rows(self, slots: Sequence[int]) -> Iterator[None]:
@@ -216,17 +228,6 @@ class Slots:
         finally:
             self._rows.index = None
 
-    def remove(self) -> None:
-        """Puts the bare layers back and forgets every adapter. Raises ValueError when one is in use."""
-        if self._users.total():
-            raise ValueError("a slot is in use")
-        for name, table in self._tables.items():
-            self._put(name, table.bare)
-        self._tables.clear()
-        self._index.clear()
-        self._slots.clear()
-        self._free = self._all()
-
     def _copy_in(self, key: Hashable, deltas: dict[str, LayerDelta]) -> None:
         idle = [held for held, slot in self._slots.items() if not self._users[slot]]
         if not (self._free or idle):
@@ -245,17 +246,14 @@ class Slots:
         if delta.layer in self._tables:
             self._tables[delta.layer].hold(delta.down.shape[0])
             return
-        table = _Table(_plain(self._module, delta.layer), self._count + 1, self._rows)
+        table = _Table(_plain(self.module, delta.layer), self._count + 1, self._rows)
         table.hold(delta.down.shape[0])
         self._put(delta.layer, _slotted(table))
         self._tables[delta.layer] = table
 
-    def _all(self) -> list[int]:
-        return list(range(self._count, NO_ADAPTER, -1))
-
     def _put(self, name: str, layer: nn.Module) -> None:
         parent, _, own = name.rpartition(".")
-        self._module.get_submodule(parent)._modules[own] = layer
+        self.module.get_submodule(parent)._modules[own] = layer
 
     def _erase(self, slot: int) -> None:
         for table in self._tables.values():
@@ -266,7 +264,7 @@ class Slots:
         """Returns the buffer for so many rows, always the same one, with their slots."""
         rows = len(slots)
         if rows not in self._index:
-            self._index[rows] = _zeros(next(self._module.parameters()), rows, dtype=torch.int64)
+            self._index[rows] = _zeros(next(self.module.parameters()), rows, dtype=torch.int64)
         return self._index[rows].copy_(torch.tensor(slots))
 
 

@@ -1,5 +1,6 @@
 """Weights: safetensors files checked before they are opened, and tensors that are equal held once."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -8,13 +9,15 @@ import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from api.errors import ModelUnavailable, SitterError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 10_000
@@ -97,6 +100,11 @@ def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yields every parameter and buffer of `module`."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def shell(module: Module) -> Module:
+    """Returns a copy of `module` that may be built into something else; its tensors are those of `module` itself."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors_of(module)})
 
 
 def storages_of(tensors: Iterator[torch.Tensor]) -> dict[Hashable, tuple[str, int]]:

@@ -5,7 +5,7 @@ import base64
 import re
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from urllib.parse import quote
 
 import anyio.to_thread
@@ -20,7 +20,7 @@ from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
 from api.routes.jobs import REAUTH_SECONDS, IdempotencyKey, JobBody, accept, describe
 from api.routes.service import ServiceDep
-from api.schemas import GeneratedImage, GenerateResponse, Timings
+from api.schemas import GeneratedImage, GenerateResponse, Lane, Timings
 from api.wire.jobs import Job
 from api.wiring import Service
 
@@ -190,6 +190,7 @@ def _describe(done: _Finished, service: Service) -> GenerateResponse:
         model_id=job.model_id,
         generation_time=round(done.seconds, 3),
         cache="hit" if job.cache_hit else "miss",
+        lane=cast(Lane, job.lane),
         timings=Timings.model_validate(job.timings),
         images=images,
     )

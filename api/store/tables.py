@@ -138,6 +138,7 @@ class Request(Table):
     error_detail: Mapped[str | None] = mapped_column(Text)
     error_hint: Mapped[str | None] = mapped_column(Text)
     cache_hit: Mapped[bool | None]
+    lane: Mapped[str | None] = mapped_column(String(10))
     timings: Mapped[dict[str, Any] | None]
     warnings: Mapped[list[str]] = mapped_column(default=list)
     created_at: Mapped[datetime] = mapped_column(default=now)

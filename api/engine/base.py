@@ -1,0 +1,42 @@
+"""A base in memory: the pipeline as it was loaded, and copies of its encoder and UNet that adapters ride on."""
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from api.engine.adapters import Adapter
+from api.engine.slots import Slots
+from api.engine.texts import Texts
+
+# A UNet that is configured otherwise asks for more than latents, a timestep and text; only the stock call knows what.
+ASKS_FOR = {
+    "time_cond_proj_dim": {None},
+    "class_embed_type": {None},
+    "addition_embed_type": {None, "text"},  # the second is made of the text that it is given anyway
+    "encoder_hid_dim_type": {None},
+}
+
+
+class Base:
+    """What users' models have in common. Nothing ever writes to its pipeline's modules.
+
+    Args:
+        pipeline: as it was loaded.
+        slots: how many adapters its UNet holds at once.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, slots: int) -> None:
+        self.pipeline = pipeline
+        self.unet = Slots(pipeline.unet, "unet", slots)
+        self.texts = Texts(pipeline)
+
+    @property
+    def fits_the_batch(self) -> bool:
+        """Whether the step loop gives its UNet everything that it asks for."""
+        unet = self.pipeline.unet
+        if not isinstance(unet, UNet2DConditionModel):
+            return False
+        return all(unet.config.get(name) in values for name, values in ASKS_FOR.items())
+
+    def drop(self, adapter: Adapter) -> None:
+        """Forgets an adapter wherever a copy of it is."""
+        self.unet.drop(adapter)
+        self.texts.drop(adapter)
