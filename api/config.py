@@ -140,7 +140,8 @@ class Settings(BaseSettings):
     use_gpu: bool = Field(default=True, description="Use the GPU (CUDA or Apple MPS) if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Precision of the weights; `auto` is float16 on a GPU and float32 on a CPU.",
+        description="Precision of the weights; `auto` is float16 on a GPU, and on a CPU bfloat16 where it has "
+        "instructions for that, else float32.",
     )
     cpu_threads: int = Field(default=0, ge=0, le=1024, description="Threads for drawing on a CPU; 0 means one a core.")
     user_models: dict[UserId, Source] = Field(

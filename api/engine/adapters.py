@@ -147,8 +147,10 @@ def merged(module: Module, adapter: Adapter, component: str) -> Module:
     for delta in adapter.deltas:
         if delta.component == component:
             layer = copy.get_submodule(delta.layer)
+            weight = layer._parameters["weight"]
+            assert weight is not None  # the adapter was checked against it
             # Not `layer.weight = …`: while another thread loads a model, accelerate has that put weights on "meta".
-            layer._parameters["weight"] = nn.Parameter(delta.merged(layer.weight), requires_grad=False)
+            layer._parameters["weight"] = nn.Parameter(delta.merged(weight), requires_grad=False)
     return copy
 
 

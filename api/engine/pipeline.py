@@ -148,6 +148,7 @@ def _in_batch(
     guided = request.guidance_scale > 1
     texts = [request.negative_prompt or "", request.prompt] if guided else [request.prompt]
     text = torch.cat([base.texts.encode(text, adapter).expand(request.num_images, -1, -1) for text in texts])
+    text = text.to(base.unet.dtype)
 
     def task(unet: Slots, rides: Adapter | None) -> Task:
         generators = _generators(request, seed)
