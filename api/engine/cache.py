@@ -1,10 +1,15 @@
-"""The model cache: loaded once however many ask, counted in bytes, leased, and evicted least recently used first.
+"""The model cache: loaded once however many ask, counted in bytes, leased, and evicted where that costs least.
+
+Who leaves first is GreedyDual-Size-Frequency (Cherkasova 1998, https://www.hpl.hp.com/techreports/98/HPL-98-69R1.html):
+a model is worth its uses × the seconds that a load takes ÷ the bytes that it holds, above what the last one to leave
+was worth, so that old fame fades. Among equals the least recently used leaves.
 
 Free of torch. What is cached is anything that can name its storages: `sizes` maps a storage's identity to
 `(device, bytes)`, so tensors that two models share are counted once, and freed with the last of them.
 """
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
@@ -14,6 +19,7 @@ from typing import Generic, TypeVar
 from api.errors import ModelUnavailable
 
 T = TypeVar("T")
+QUICK_SECONDS = 0.01  # loads are not told apart below: that is the noise of the machine
 Sizes = Mapping[Hashable, tuple[str, int]]
 Reserve = Callable[[Mapping[str, int]], None]
 """Called by a loader before it takes memory, with device → bytes: idle models leave to make room."""
@@ -35,6 +41,9 @@ class _Entry(Generic[T]):
     users: int = 0
     hits: int = 0
     devices: set[str] = field(default_factory=set)
+    load_seconds: float = QUICK_SECONDS
+    added_bytes: int = 1  # by its load: what it shares with others who were there is not its own cost
+    worth: float = 0.0
     stale: bool = False  # no longer in the cache: freed when the last user leaves
 
 
@@ -82,6 +91,7 @@ class ModelCache(Generic[T]):
         self._storages: dict[Hashable, tuple[str, int, int]] = {}  # storage → (device, bytes, entries holding it)
         self._held: set[_Entry[T]] = set()  # loaded entries, the stale but used ones included
         self._used: Counter[str] = Counter()  # device → bytes of all storages
+        self._least_worth = 0.0  # of the last one evicted
         self._lock = threading.RLock()
 
     def lease(self, key: Hashable, load: Callable[[Reserve], Loaded[T]]) -> Lease[T]:
@@ -111,9 +121,11 @@ class ModelCache(Generic[T]):
                 raise
             with self._lock:
                 entry.hits += 1
+                self._value(entry)
         return Lease(self, entry, hit=not loads)
 
     def _load(self, entry: _Entry[T], load: Callable[[Reserve], Loaded[T]]) -> None:
+        began = time.perf_counter()
         try:
             loaded = load(self._make_room)
         except BaseException as error:
@@ -123,17 +135,21 @@ class ModelCache(Generic[T]):
             entry.future.set_exception(error)
             raise
         with self._lock:
+            before = self._used.total()
             for storage, (device, size) in loaded.sizes.items():
                 held = self._storages.get(storage, (device, size, 0))[2]
                 self._storages[storage] = (device, size, held + 1)
                 self._used[device] += 0 if held else size
+            entry.load_seconds = max(QUICK_SECONDS, time.perf_counter() - began)
+            entry.added_bytes = max(1, self._used.total() - before)
+            self._value(entry)
             entry.devices = {device for device, _ in loaded.sizes.values()}
             self._held.add(entry)
             entry.future.set_result(loaded)
         self._make_room({})
 
     def _make_room(self, expected: Mapping[str, int]) -> None:
-        """Evicts idle models, least recently used first, until `expected` more bytes fit or none is left."""
+        """Evicts idle models, those of least worth first, until `expected` more bytes fit or none is left."""
         for device, budget in self.budgets.items():
             wanted = expected.get(device, 0)
             if wanted > budget:
@@ -142,11 +158,16 @@ class ModelCache(Generic[T]):
                     "Raise HOST_CACHE_GB or GPU_CACHE_GB, or use a smaller model.",
                 )
             with self._lock:
-                for entry in list(self._entries.values()):
+                idle = [entry for entry in self._entries.values() if entry.users == 0 and device in entry.devices]
+                for entry in sorted(idle, key=lambda entry: entry.worth):  # stable: the least recently used comes first
                     if self._used[device] + wanted <= budget:
                         break
-                    if entry.users == 0 and device in entry.devices:
-                        self._forget(entry)
+                    self._least_worth = max(self._least_worth, entry.worth)
+                    self._forget(entry)
+
+    def _value(self, entry: _Entry[T]) -> None:
+        """Says anew what keeping the model saves."""
+        entry.worth = self._least_worth + (entry.hits + 1) * entry.load_seconds / entry.added_bytes
 
     def evict_idle(self) -> int:
         """Drops every model that nobody uses; returns the bytes freed."""

@@ -359,3 +359,50 @@ def test_the_books_are_right_after_random_use_by_many_threads() -> None:
     assert all(info.users == 0 for info in cache.info())
     cache.clear()
     assert cache.used() == 0
+
+
+class Clock:
+    """A clock that only loads move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("api.engine.cache.time.perf_counter", lambda: self.now)
+
+    def loads(self, key: str, size: int, seconds: float) -> Callable[[Reserve], Loaded[str]]:
+        def load(reserve: Reserve) -> Loaded[str]:
+            reserve({DEVICE: size})
+            self.now += seconds
+            return Loaded(key, {key: (DEVICE, size)})
+
+        return load
+
+
+def test_who_costs_more_to_load_again_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    cache: ModelCache[str] = ModelCache({DEVICE: 10})
+    cache.lease("slow", clock.loads("slow", 4, 2.0)).release()
+    cache.lease("quick", clock.loads("quick", 4, 0.5)).release()  # later, but sooner there again
+    cache.lease("new", clock.loads("new", 4, 1.0)).release()
+    assert set(cached(cache)) == {"slow", "new"}
+
+
+def test_who_takes_less_room_for_its_load_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    cache: ModelCache[str] = ModelCache({DEVICE: 10})
+    cache.lease("small", clock.loads("small", 1, 1.0)).release()
+    cache.lease("large", clock.loads("large", 8, 1.0)).release()
+    cache.lease("new", clock.loads("new", 8, 1.0)).release()
+    assert set(cached(cache)) == {"small", "new"}
+
+
+def test_who_is_used_often_stays_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    cache: ModelCache[str] = ModelCache({DEVICE: 3})
+    for key in ("often", "often", "often", "once", "twice", "twice", "new"):
+        cache.lease(key, clock.loads(key, 1, 1.0)).release()
+    assert set(cached(cache)) == {"often", "twice", "new"}
+    for number in range(12):
+        for _ in range(2):
+            cache.lease(f"{number}", clock.loads(f"{number}", 1, 1.0)).release()
+    assert "often" not in cached(cache)
+    cache.check()
