@@ -143,6 +143,13 @@ class EngineUnavailable(SitterError):
     hint = "Run `sitter doctor` on the server; USE_GPU=false draws on the CPU when a GPU's driver is at fault."
 
 
+class DeviceLost(EngineUnavailable):
+    """The device has failed while the server ran: jobs go back to the queue, and the process ends."""
+
+    code = "device_lost"
+    hint = "The server starts anew if something watches over it; if it does not come back, look at the GPU's driver."
+
+
 class OutOfMemory(SitterError):
     """The device has no memory left for this picture, even after idle models were evicted."""
 

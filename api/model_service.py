@@ -166,7 +166,7 @@ class ModelService:
         return Memory(self.cache.count(), {device: self.cache.used(device) for device in budgets}, budgets)
 
     def check_device(self) -> None:
-        """Raises EngineUnavailable when nothing can be drawn any more; says nothing while the engine starts."""
+        """Raises DeviceLost when nothing can be drawn any more; says nothing while the engine starts."""
         if self._started.done():
             self.engine.check_device()
 

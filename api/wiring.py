@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -21,6 +22,7 @@ from api.domain.submit import Desk
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer
 from api.domain.worker import Worker
+from api.errors import DeviceLost
 from api.model_service import ModelService
 from api.store.database import Database, migrate
 from api.store.files import PictureFolder
@@ -28,6 +30,7 @@ from api.store.vault import Vault, load_vault
 
 MakeModels = Callable[[Settings], ModelService]
 Chore = Callable[[], Awaitable[None]]
+DEVICE_SECONDS = 2.0  # between looks at the device
 AGAIN_SECONDS = 1.0  # until a chore is begun anew
 log = structlog.get_logger()
 GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
@@ -103,7 +106,7 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
     deliverer = Deliverer(service.settings, service.database, service.vault, service.wake, service.metrics)
     chores: list[Chore] = [deliverer.run, partial(keep_swept, service.pictures, service.database)]
     if slots:
-        chores.append(partial(service.worker.run, slots))
+        chores += [partial(service.worker.run, slots), partial(_end_without_device, service)]
     tasks = [asyncio.create_task(_keep_up(chore)) for chore in chores]
     try:
         yield
@@ -112,6 +115,18 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _end_without_device(service: Service) -> None:
+    """Ends the process once its device has failed: no library recovers from that, a supervisor starts it anew."""
+    while True:
+        await asyncio.sleep(DEVICE_SECONDS)
+        try:
+            await asyncio.to_thread(service.models.check_device)
+        except DeviceLost as error:
+            log.error(error.code, reason=error.detail)
+            await service.worker.stop(0)  # what is in hand goes back to the queue
+            os._exit(1)
 
 
 async def _keep_up(chore: Chore) -> None:

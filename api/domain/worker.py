@@ -22,7 +22,7 @@ from api.domain.jobs import Claim, Finished, Progress, Watchman
 from api.domain.library import delete_unknown
 from api.domain.metrics import Metrics
 from api.domain.wake import Wake
-from api.errors import Cancelled, DatabaseUnavailable, ShuttingDown, SitterError, StorageFull
+from api.errors import Cancelled, DatabaseUnavailable, DeviceLost, ShuttingDown, SitterError, StorageFull
 from api.store.database import Database
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class Worker:
                 if ended:
                     self._metrics.job_ended("cancelled")
                 return ended
-            case ShuttingDown():
+            case ShuttingDown() | DeviceLost():
                 return await jobs.release(self._database, claim)
             case StorageFull():
                 self._paused_until = time.monotonic() + FULL_DISK_SECONDS

@@ -20,7 +20,7 @@ from api.engine.batch import Batch
 from api.engine.cache import Loaded
 from api.engine.pipeline import Drawing, OnStep, draw
 from api.engine.sources import FoundBase
-from api.errors import EngineUnavailable, OutOfMemory
+from api.errors import DeviceLost, OutOfMemory
 from api.schemas import GenerateRequest
 
 HOST_SHARE = 0.5
@@ -68,14 +68,14 @@ class Engine:
         return int(min(psutil.virtual_memory().available, _container_free_bytes()))  # an Apple GPU shares the host's
 
     def check_device(self) -> None:
-        """Raises EngineUnavailable when the device can draw no more; never waits for a drawing."""
+        """Raises DeviceLost when the device can draw no more; never waits for a drawing."""
         try:  # after a sticky error every call to the driver fails
             if self.device == "cuda":
                 torch.cuda.mem_get_info()
             elif self.device == "mps":
                 torch.mps.driver_allocated_memory()
         except RuntimeError as error:
-            raise EngineUnavailable(f"the GPU has failed: {str(error).splitlines()[0]}") from error
+            raise DeviceLost(f"the GPU has failed: {str(error).splitlines()[0]}") from error
 
     def budgets(self) -> dict[str, int]:
         """Returns device → bytes that models may take: as set, else a share of what is free now."""
@@ -127,9 +127,16 @@ class Engine:
     def draw(
         self, base: Base, adapter: Adapter | None, request: GenerateRequest, seed: int, on_step: OnStep
     ) -> Drawing:
-        """Draws the request, beside what other threads draw; see `pipeline.draw`. Raises OutOfMemory besides."""
-        with _our_out_of_memory():
-            return draw(base, adapter, request, seed, self._batch, on_step)
+        """Draws the request, beside what other threads draw; see `pipeline.draw`.
+
+        Raises OutOfMemory and DeviceLost besides.
+        """
+        try:
+            with _our_out_of_memory():
+                return draw(base, adapter, request, seed, self._batch, on_step)
+        except RuntimeError:  # of the request's own making, or the device's end?
+            self.check_device()
+            raise
 
     def close(self) -> None:
         """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""

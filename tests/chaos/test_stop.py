@@ -106,3 +106,16 @@ async def test_a_server_is_not_ready_from_the_moment_it_is_told(stage: Stage) ->
     assert await stage.end_of(pid) == 0
     assert (await stage.job(job_id)).status == "queued"
     assert "Traceback" not in stage.log
+
+
+async def test_a_process_whose_device_fails_puts_its_job_back_and_ends(stage: Stage) -> None:
+    pid, client = stage.server(workers=1, lease_seconds=30)
+    async with client:
+        await stage.up(client)
+        job_id = await stage.submit("lose-drawing", num_inference_steps=LONG)
+        await eventually(lambda: is_ready(client), lambda ready: not ready, stage)
+    assert await stage.end_of(pid) == 1  # not 0: a supervisor shall start it anew
+    job = await stage.job(job_id)
+    assert (job.status, job.crashes, job.error_code) == ("queued", 0, None)
+    stage.worker(lease_seconds=30)
+    await stage.until(job_id, "succeeded")

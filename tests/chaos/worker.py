@@ -23,11 +23,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import api.engine.engine
 from api import cli, serving, wiring
 from api.domain import generate, jobs, webhooks, worker
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer, Parcel
+from api.engine.engine import Engine
+from api.errors import DeviceLost
 from api.store import files, postgresql, tables
 from api.store.database import Database
 
@@ -36,8 +37,6 @@ POINTS = ("claimed", "drawing", "drawn", "part", "saved", "publishing", "publish
 that are not committed, and with everything done."""
 POST_POINTS = ("taken", "posted", "noted")
 """Of a webhook: after the claim, with the receiver's answer, and with everything done."""
-
-assert api.engine.engine
 
 
 def fill_disk() -> None:
@@ -50,11 +49,22 @@ def fill_disk() -> None:
                     pass
 
 
+def lose_device() -> None:
+    """Does what a GPU that has fallen off the bus does: this call into its driver fails, and so does every other."""
+
+    def check_device(self: Engine) -> None:
+        raise DeviceLost("the GPU has failed: CUDA error: unspecified launch failure")
+
+    Engine.check_device = check_device  # type: ignore[method-assign]
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
 BALLAST = "ballast"
 ACTIONS: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "fill": fill_disk,
+    "lose": lose_device,
 }
 
 
