@@ -6,7 +6,7 @@ import sys
 import structlog
 
 from api.config import ROOT
-from bench import attention, drawing, jobs, loading, model, start
+from bench import attention, drawing, jobs, loading, model, sd15, start
 from bench.figures import Figure, page
 
 BENCHES = {
@@ -15,6 +15,7 @@ BENCHES = {
     "drawing": ("Drawing", drawing.figures),
     "jobs": ("Jobs", jobs.figures),
     "model": ("The bundled model", model.figures),
+    "sd15": ("Stable Diffusion 1.5 on a CPU", sd15.figures),
     "attention": ("Attention on a CPU", attention.figures),
 }
 

@@ -138,10 +138,14 @@ class Batch:
                     self._end(self._tasks, ShuttingDown("the server is stopping"))
                     return
                 waiting = list(self._tasks)
-            tasks = self._schedule(waiting)
-            if tasks:
-                self._run(tasks)
-            self._postprocess(tasks)
+            try:
+                tasks = self._schedule(list(waiting))
+                if tasks:
+                    self._run(tasks)
+                self._postprocess(tasks)
+            except Exception as error:  # a fault of ours: nobody shall wait for ever, and the next may fare better
+                self._end(waiting, error)
+                self._postprocess([])
 
     def _schedule(self, waiting: list[Task]) -> list[Task]:
         """Returns the tasks of the next step: of one kind, least served users first, as many rows as fit."""
@@ -207,8 +211,8 @@ class Batch:
                 self._served[task.user_id] += task.cost
             for task in self._tasks:
                 if task.ended.done() and task.slot is not None:
-                    task.model.release(task.slot)
-                    task.slot = None
+                    slot, task.slot = task.slot, None
+                    task.model.release(slot)
             self._tasks = [task for task in self._tasks if not task.ended.done()]
             present = {task.user_id for task in self._tasks}
             for user in self._served.keys() - present:
