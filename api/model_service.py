@@ -67,11 +67,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Memory:
-    """How many models are in memory, and device → bytes that they take and may take."""
+    """How many models are in memory, device → bytes that they take and may take, and what their slots take besides."""
 
     models: int
     used_bytes: dict[str, int]
     budget_bytes: dict[str, int]
+    slot_bytes: int
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class ModelService:
         if not self._started.done() or self._started.exception() is not None:
             return None
         budgets = self.cache.budgets
-        return Memory(self.cache.count(), {device: self.cache.used(device) for device in budgets}, budgets)
+        used = {device: self.cache.used(device) for device in budgets}
+        return Memory(self.cache.count(), used, budgets, self.engine.slot_bytes())
 
     def check_device(self) -> None:
         """Raises DeviceLost when nothing can be drawn any more; says nothing while the engine starts."""

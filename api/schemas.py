@@ -181,6 +181,10 @@ class CacheResponse(BaseModel):
     budget_bytes: dict[str, int] = Field(
         description="Memory models may use, by device.", examples=[{"cpu": 8_000_000_000}]
     )
+    slot_bytes: int = Field(
+        description="Memory of the slots that hold LoRAs ready to draw, beside `used_bytes`; BATCH_ROWS bounds it.",
+        examples=[12_000_000],
+    )
 
 
 class CacheCleared(BaseModel):

@@ -185,3 +185,4 @@ class _Memory(Collector):
             budget.add_metric([device], most)
         yield used
         yield budget
+        yield GaugeMetricFamily("sitter_slot_bytes", "What LoRAs in slots take besides.", memory.slot_bytes)

@@ -36,6 +36,11 @@ class Base:
             return False
         return all(unet.config.get(name) in values for name, values in ASKS_FOR.items())
 
+    @property
+    def slot_bytes(self) -> int:
+        """Returns what the slots take beside the weights."""
+        return self.unet.nbytes + self.texts.slot_bytes
+
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter wherever a copy of it is."""
         self.unet.drop(adapter)

@@ -44,6 +44,7 @@ class Engine:
         self._placement = components.choose_placement(settings)
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
+        self._bases: weakref.WeakSet[Base] = weakref.WeakSet()
         self._batch = Batch(settings.batch_rows)
 
     @property
@@ -84,6 +85,10 @@ class Engine:
             budgets[self.device] = int(self._settings.gpu_cache_gb * 1e9 or self.free_bytes(self.device) * GPU_SHARE)
         return budgets
 
+    def slot_bytes(self) -> int:
+        """Returns what the slots of all bases in memory take, on the device and beside the budgets."""
+        return sum(base.slot_bytes for base in list(self._bases))
+
     def find_base(self, source: ModelSource) -> FoundBase:
         """Returns where the base is on this disk, downloaded if need be. Raises ModelUnavailable."""
         return sources.find_base(source, self._settings)
@@ -103,6 +108,7 @@ class Engine:
         with _our_out_of_memory():
             pipeline = components.load_pipeline(found, self._placement, self._pool)
             base = Base(pipeline, slots=self._settings.batch_rows)
+        self._bases.add(base)
         modules = (getattr(pipeline, name) for name in sources.TENSOR_COMPONENTS)
         tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
         return Loaded(base, weights.storages_of(tensors))

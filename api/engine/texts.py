@@ -44,6 +44,11 @@ class Texts:
                 self._known.popitem(last=False)
         return embedding
 
+    @property
+    def slot_bytes(self) -> int:
+        """Returns what the slots take beside the weights."""
+        return self._slots.nbytes
+
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter and every text that it was asked to read."""
         self._slots.drop(adapter)

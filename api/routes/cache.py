@@ -43,4 +43,5 @@ def _describe(models: ModelService) -> CacheResponse:
         models=cached,
         used_bytes={device: cache.used(device) for device in cache.budgets},
         budget_bytes=cache.budgets,
+        slot_bytes=models.engine.slot_bytes(),
     )
