@@ -23,7 +23,7 @@ from api.engine import sampler, stock
 from api.engine.adapters import Adapter, merged
 from api.engine.base import Base
 from api.engine.batch import Batch, Task
-from api.engine.preview import preview
+from api.engine.preview import fitted, preview
 from api.engine.sampler import Schedule
 from api.engine.slots import NotForSlots, Slots
 from api.errors import BadPicture, Blocked, ModelUnavailable
@@ -97,6 +97,7 @@ def draw(
 
     with torch.inference_mode():
         started = time.perf_counter()
+        fitted(pipeline.vae)  # here, the first time: the step loop shall not wait for it
         schedule = _schedule(base, request)
         if schedule is None:
             denoised = _by_stock_call(base, adapter, request, seed, stepped)

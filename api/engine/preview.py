@@ -25,7 +25,7 @@ _fitting = threading.Lock()
 
 def preview(latents: Tensor, vae: AutoencoderKL) -> bytes:
     """Returns a small JPEG of `latents` (channels, h, w), as the pipeline keeps them."""
-    to_rgb = _map(vae)
+    to_rgb = fitted(vae)
     cells = torch.cat([latents, torch.ones_like(latents[:1])]).to("cpu", torch.float32)
     rgb = torch.einsum("chw,cr->hwr", cells, to_rgb)
     pixels = ((rgb.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
@@ -37,7 +37,7 @@ def preview(latents: Tensor, vae: AutoencoderKL) -> bytes:
     return buffer.getvalue()
 
 
-def _map(vae: AutoencoderKL) -> Tensor:
+def fitted(vae: AutoencoderKL) -> Tensor:
     """Returns the map of `vae`, (channels + 1, 3) with the constant last, fitting it the first time."""
     with _fitting:
         if vae not in _maps:
