@@ -7,7 +7,7 @@ from api.engine.slots import Slots
 from api.engine.texts import Texts
 
 # A UNet that is configured otherwise asks for more than latents, a timestep and text; only the stock call knows what.
-ASKS_FOR = {
+ASKS_FOR: dict[str, set[str | None]] = {
     "time_cond_proj_dim": {None},
     "class_embed_type": {None},
     "addition_embed_type": {None, "text"},  # the second is made of the text that it is given anyway
