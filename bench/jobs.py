@@ -35,7 +35,7 @@ class _AtOnce(ModelService):
 
     def generate(self, request: GenerateRequest, on_step: Any = None) -> Generation:
         none = Timings(queue=0, load=0, denoise=0, decode=0, encode=0)
-        return Generation([_PNG] * request.num_images, [0] * request.num_images, "none", True, none)
+        return Generation([_PNG] * request.num_images, [0] * request.num_images, "none", True, "batch", none, 0)
 
 
 _PNG = bytes.fromhex(  # one white pixel

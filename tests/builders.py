@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from api.config import ModelSource, Settings
+from api.engine.adapters import COMPONENTS, Adapter, merged
 from api.schemas import GenerateRequest
 
 Tensors = dict[str, torch.Tensor]
@@ -83,6 +84,14 @@ def pipeline(seed: int = 0, *, vae: Mapping[str, Any] = VAE, scheduler: Any = No
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def with_merged(base: StableDiffusionPipeline, adapter: Adapter | None) -> StableDiffusionPipeline:
+    """A pipeline that draws as the adapter's user expects, in the simplest way there is; the base itself for None."""
+    if adapter is None:
+        return base
+    changed = {name: merged(getattr(base, name), adapter, name) for name in COMPONENTS}
+    return StableDiffusionPipeline(**{**base.components, **changed}, requires_safety_checker=False)
 
 
 def save_pipeline(folder: Path, seed: int = 0) -> Path:

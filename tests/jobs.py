@@ -58,4 +58,4 @@ async def count(database: Database, table: type[Any]) -> int:
 
 def finished(claim: Claim, pictures: int = 1) -> Finished:
     images = [rows.image(claim.job, position=position) for position in range(pictures)]
-    return Finished(images, "models/other", True, {"total": 1.5}, ["careful"], 1.5)
+    return Finished(images, "models/other", True, "batch", {"total": 1.5}, ["careful"], 1.5)

@@ -19,6 +19,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "negative_prompt": None,
         "scheduler": None,
         "num_images": 1,
+        "reproducible": False,
     }
 
 
@@ -33,6 +34,7 @@ GOOD: dict[str, list[Any]] = {
     "negative_prompt": [None, "", "x" * MAX_PROMPT_CHARACTERS],
     "scheduler": [None, "ddim", "euler", "euler_a", "dpmpp_2m", "unipc"],
     "num_images": [1, 4],
+    "reproducible": [True, False],
 }
 BAD: dict[str, list[Any]] = {
     "prompt": ["", " \n\t ", "x" * (MAX_PROMPT_CHARACTERS + 1), "NUL \0", "escape \x1b[0m", None, 1, ["a"]],
@@ -45,6 +47,7 @@ BAD: dict[str, list[Any]] = {
     "negative_prompt": ["x" * (MAX_PROMPT_CHARACTERS + 1), "NUL \0", 1],
     "scheduler": ["plms", "", 1],
     "num_images": [0, 5, 1.0, True, None],
+    "reproducible": [1, "yes", None],
     "unknown": [1],
 }
 

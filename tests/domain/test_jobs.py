@@ -159,13 +159,8 @@ async def test_publishing_tells_charges_and_ends_at_once(database: Database) -> 
     claim = await taken(database)
     assert await jobs.publish(database, claim, finished(claim, pictures=2))
     job = await look(database, claim.job.id)
-    assert (job.status, job.token, job.phase, job.model_id, job.cache_hit) == (
-        "succeeded",
-        None,
-        None,
-        "models/other",
-        True,
-    )
+    assert (job.status, job.token, job.phase) == ("succeeded", None, None)
+    assert (job.model_id, job.cache_hit, job.lane) == ("models/other", True, "batch")
     assert (job.step, job.step_count, job.timings, job.warnings) == (30, 30, {"total": 1.5}, ["careful"])
     assert job.finished_at is not None
     async with database.reading() as session:
@@ -190,7 +185,9 @@ async def test_a_publication_that_breaks_changes_nothing(database: Database) -> 
     await enqueue(database, "ada")
     claim = await taken(database)
     twice = finished(claim)
-    broken = Finished([*twice.images, rows.image(claim.job)], "m", True, {}, [], 1.0)  # two pictures at place 0
+    broken = Finished(
+        [*twice.images, rows.image(claim.job)], "m", True, "batch", {}, [], 1.0
+    )  # two pictures at place 0
     with pytest.raises(IntegrityError):
         await jobs.publish(database, claim, broken)
     assert (await look(database, claim.job.id)).status == "running"

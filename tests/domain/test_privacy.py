@@ -214,7 +214,7 @@ async def test_a_worker_that_does_not_listen_publishes_nothing_later(
     claim = await taken(gallery.database)
     monkeypatch.setattr(privacy, "END_SECONDS", 0.3)
     await erase(gallery, models)
-    finished = jobs.Finished([rows.image(claim.job)], "models/demo", True, {}, [], 1.0)
+    finished = jobs.Finished([rows.image(claim.job)], "models/demo", True, "batch", {}, [], 1.0)
     assert not await jobs.publish(gallery.database, claim, finished)
     async with gallery.database.reading() as session:
         assert not list(await session.scalars(select(tables.Image)))

@@ -125,7 +125,7 @@ class Loading(ModelService):
     def generate(self, request: GenerateRequest, on_step: Any = None) -> Generation:
         self.loaded.wait(PATIENCE)
         timings = Timings(queue=0, load=0, denoise=0, decode=0, encode=0)
-        return Generation([PNG], [0], "slow", False, timings)
+        return Generation([PNG], [0], "slow", False, "batch", timings, 0)
 
     def warm(self) -> frozenset[str]:
         return frozenset()
@@ -282,14 +282,14 @@ async def test_a_worker_that_lost_its_lease_writes_nothing(
 async def test_stopping_puts_what_is_in_hand_back_and_another_draws_the_same(
     database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, pictures: PictureFolder
 ) -> None:
-    job_id = await submit(desk, num_inference_steps=LONG, seed=3)
+    job_id = await submit(desk, num_inference_steps=LONG, seed=3, reproducible=True)
     worker = make_worker()
     async with drawing(worker):
         await until(database, wake, job_id, "running", step=1)
         await worker.stop(0)
         job = await until(database, wake, job_id, "queued")
         assert (job.crashes, job.token) == (0, None)
-    twin = await submit(desk, num_inference_steps=LONG, seed=3)
+    twin = await submit(desk, num_inference_steps=LONG, seed=3, reproducible=True)
     async with drawing(make_worker()):
         for each in (job_id, twin):
             await until(database, wake, each, "succeeded")

@@ -12,7 +12,8 @@ from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from api.engine.adapters import Adapter, LayerDelta, applied, find_adapter_file, load_adapter
+from api.engine.adapters import Adapter, LayerDelta, find_adapter_file, load_adapter, merged
+from api.engine.weights import storages_of
 from api.errors import ModelUnavailable
 from tests import builders
 from tests.builders import CONV, LINEAR, OUT, POINTWISE, TEXT_LAYERS, UNET_LAYERS, Factors
@@ -48,8 +49,7 @@ def outputs(pipeline: StableDiffusionPipeline) -> Outputs:
 
 
 def ours(base: StableDiffusionPipeline, path: Path, strength: float = 1.0) -> Outputs:
-    with applied(load_adapter(find_adapter_file(path), base, strength), base):
-        return outputs(base)
+    return outputs(builders.with_merged(base, load_adapter(find_adapter_file(path), base, strength)))
 
 
 def by_diffusers(file: Path, strength: float = 1.0) -> Outputs:
@@ -138,8 +138,8 @@ def test_the_merged_weight_is_w_plus_scale_b_a(
     file = builders.kohya_lora(tmp_path / "lora.safetensors", {layer: unet[layer]}, {}, alpha=1.0)
     weight, up, down = base.unet.get_submodule(layer).weight, unet[layer]["B"], unet[layer]["A"]
     expected = weight + 0.7 * (1.0 / 2) * torch.einsum("or...,ri...->oi...", up, down)
-    with applied(load_adapter(file, base, 0.7), base):
-        assert torch.allclose(base.unet.get_submodule(layer).weight, expected, atol=1e-6)
+    changed = merged(base.unet, load_adapter(file, base, 0.7), "unet")
+    assert torch.allclose(changed.get_submodule(layer).weight, expected, atol=1e-6)
 
 
 def test_strength_scales_the_change_and_zero_is_none(
@@ -150,9 +150,9 @@ def test_strength_scales_the_change_and_zero_is_none(
     assert all(torch.equal(one, two) for one, two in zip(ours(base, file, 0.0), outputs(base), strict=True))
 
 
-def parameters(pipeline: StableDiffusionPipeline) -> dict[str, int]:
+def parameters(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     parts = (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder))
-    return {f"{name}.{key}": id(value) for name, part in parts for key, value in part.named_parameters()}
+    return {f"{name}.{key}": value for name, part in parts for key, value in part.named_parameters()}
 
 
 @pytest.fixture
@@ -160,53 +160,72 @@ def adapter(tmp_path: Path, base: StableDiffusionPipeline, unet: Factors, text: 
     return load_adapter(builders.diffusers_lora(tmp_path / "lora.safetensors", unet, text), base, 1.0)
 
 
-def test_the_base_comes_back_as_the_same_objects(base: StableDiffusionPipeline, adapter: Adapter) -> None:
-    before, drawn = parameters(base), outputs(base)
-    with applied(adapter, base):
-        inside = parameters(base)
+def test_the_copy_shares_all_but_the_changed_weights_with_its_base(
+    base: StableDiffusionPipeline, adapter: Adapter
+) -> None:
+    before, copy = parameters(base), parameters(builders.with_merged(base, adapter))
     changed = {f"unet.{name}.weight" for name in UNET_LAYERS} | {f"text_encoder.{name}.weight" for name in TEXT_LAYERS}
-    assert {name for name in before if before[name] != inside[name]} == changed
-    assert parameters(base) == before
+    assert {name for name in before if before[name] is not copy[name]} == changed
+    assert before.keys() == copy.keys()
+    added = set(storages_of(iter(copy.values()))) - set(storages_of(iter(before.values())))
+    assert len(added) == len(changed)
+
+
+def test_the_base_is_never_written_to(base: StableDiffusionPipeline, adapter: Adapter) -> None:
+    before, drawn = parameters(base), outputs(base)
+    values = {name: value.clone() for name, value in before.items()}
+    modules = [*base.unet.named_modules(), *base.text_encoder.named_modules()]
+    own = builders.with_merged(base, adapter)
+    outputs(own)
+    own.unet.conv_in = torch.nn.Identity()  # what becomes of the copy is no matter to the base
+    after = parameters(base)
+    assert {name for name in before if before[name] is not after.get(name)} == set()
+    assert {name for name in before if not torch.equal(values[name], after[name])} == set()
+    assert [*base.unet.named_modules(), *base.text_encoder.named_modules()] == modules
     assert all(torch.equal(one, two) for one, two in zip(outputs(base), drawn, strict=True))
 
 
-def test_the_base_comes_back_when_the_drawing_fails(base: StableDiffusionPipeline, adapter: Adapter) -> None:
+def test_the_base_is_not_written_to_when_merging_fails(base: StableDiffusionPipeline, adapter: Adapter) -> None:
     before = parameters(base)
-    with pytest.raises(KeyboardInterrupt), applied(adapter, base):
-        raise KeyboardInterrupt
-    assert parameters(base) == before
-
-
-def test_the_base_comes_back_when_merging_fails(base: StableDiffusionPipeline, adapter: Adapter) -> None:
-    before = parameters(base)
+    values = {name: value.clone() for name, value in before.items()}
     lost = LayerDelta("unet", "no.such.layer", torch.ones(1), torch.ones(1), 1.0)
-    broken = Adapter((*adapter.deltas[:3], lost))
-    with pytest.raises(AttributeError), applied(broken, base):
-        pass
-    assert parameters(base) == before
+    with pytest.raises(AttributeError):
+        merged(base.unet, Adapter((*adapter.deltas[:3], lost)), "unet")
+    assert all(one is two for one, two in zip(before.values(), parameters(base).values(), strict=True))
+    assert all(torch.equal(values[name], value) for name, value in parameters(base).items())
 
 
 def test_a_load_on_another_thread_does_not_reach_the_weights(base: StableDiffusionPipeline, adapter: Adapter) -> None:
-    before = parameters(base)
+    expected = outputs(builders.with_merged(base, adapter))
     # While it loads a model, accelerate has every module that is given a parameter put it on "meta".
     with init_empty_weights():
-        with applied(adapter, base):
-            assert {parameter.device.type for parameter in base.unet.parameters()} == {"cpu"}
-        assert parameters(base) == before
+        own = builders.with_merged(base, adapter)
+    places = {parameter.device.type for pipeline in (base, own) for parameter in parameters(pipeline).values()}
+    assert places == {"cpu"}
+    assert all(torch.equal(one, two) for one, two in zip(outputs(own), expected, strict=True))
 
 
-def test_no_adapter_changes_nothing(base: StableDiffusionPipeline) -> None:
-    before = parameters(base)
-    with applied(None, base):
-        assert parameters(base) == before
+def test_what_changes_other_parts_changes_nothing_here(base: StableDiffusionPipeline, adapter: Adapter) -> None:
+    only_text = Adapter(tuple(delta for delta in adapter.deltas if delta.component == "text_encoder"))
+    before, copy = dict(base.unet.named_parameters()), dict(merged(base.unet, only_text, "unet").named_parameters())
+    assert {name for name in before if before[name] is not copy[name]} == set()
+    assert before.keys() == copy.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_merging_keeps_the_precision_of_the_base(dtype: torch.dtype, unet: Factors, tmp_path: Path) -> None:
     half = builders.pipeline().to(dtype)
     file = builders.diffusers_lora(tmp_path / "lora.safetensors", unet, {})
-    with applied(load_adapter(file, half, 1.0), half):
-        assert half.unet.get_submodule(CONV).weight.dtype == dtype
+    changed = merged(half.unet, load_adapter(file, half, 1.0), "unet")
+    assert {parameter.dtype for parameter in changed.parameters()} == {dtype}
+
+
+def test_every_load_of_a_file_has_a_key_of_its_own(tmp_path: Path, base: StableDiffusionPipeline) -> None:
+    """Else what was kept of a file that has changed since would be taken for the new one."""
+    factors = builders.factors(base.unet, (LINEAR,))
+    file = builders.diffusers_lora(tmp_path / "lora.safetensors", factors, {})
+    one, other = (load_adapter(file, base, 1.0) for _ in range(2))
+    assert one.key != other.key
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "x.safetensors"])

@@ -1,165 +1,83 @@
 """Many requests in one batch: each is drawn as it is alone, whoever joins, leaves or fails meanwhile."""
 
-import random
+import itertools
+import os
+import threading
+import time
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from api.engine import sampler
-from api.engine.adapters import Adapter, applied, load_adapter
-from api.engine.batch import Batch, Model, OnCall, Task
-from api.engine.sampler import SAMPLERS
-from api.engine.slots import Slots
+from api.engine.batch import Batch, OnCall
+from api.engine.slots import NotForSlots
 from api.errors import BadPicture, Cancelled, OutOfMemory, ShuttingDown
-from api.schemas import GenerateRequest
-from tests import builders
+from tests import crowd
+from tests.crowd import NOBODY, Crowd, Wish
 
 PATIENCE = 120.0
+RANKS = {"user0": 2, "user1": 4, "user2": 16, "user3": 64, "too much": 129}
+Watch = Callable[[Callable[[int], Any]], None]
 
 
 @pytest.fixture(scope="module")
-def base() -> StableDiffusionPipeline:
-    base = builders.pipeline()
-    base.set_progress_bar_config(disable=True)
-    for module in (base.unet, base.text_encoder, base.vae):
-        module.eval().requires_grad_(False)
-    return base
-
-
-@pytest.fixture(scope="module")
-def adapters(base: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
-    """Users whose models differ strongly, of several ranks."""
-    made = {}
-    for number, rank in enumerate((2, 4, 16, 64)):
-        factors = builders.factors(base.unet, builders.UNET_LAYERS, rank=rank, seed=number)
-        file = tmp_path_factory.mktemp("adapters") / f"{number}.safetensors"
-        made[f"user{number}"] = load_adapter(builders.diffusers_lora(file, factors, {}), base, 1.0 / rank)
-    return made
-
-
-@dataclass
-class Bench:
-    """A batch over one model, and what its tasks are alone."""
-
-    base: StableDiffusionPipeline
-    adapters: dict[str, Adapter]
-    model: Model
-    batch: Batch
-
-    def task(self, user: str, request: GenerateRequest, on_call: OnCall = lambda done, latents: None) -> Task:
-        guided = request.guidance_scale > 1
-        with torch.inference_mode():
-            positive, negative = self.base.encode_prompt(
-                request.prompt, "cpu", request.num_images, guided, request.negative_prompt
-            )
-        config = {**self.base.scheduler.config, "_class_name": "DDIMScheduler"}
-        schedule = sampler.schedule(request.scheduler, config, request.num_inference_steps)
-        generators = self.generators(request)
-        shape = (1, 4, request.height // 8, request.width // 8)
-        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-        adapter = self.adapters.get(user)
-        return Task(
-            self.model,
-            (user, adapter) if adapter else None,
-            user,
-            schedule,
-            sampler.start(noise, schedule),
-            torch.cat([negative, positive]) if guided else positive,
-            request.guidance_scale,
-            0.0,
-            generators,
-            on_call,
-        )
-
-    def alone(self, user: str, request: GenerateRequest) -> Tensor:
-        """The latents of the stock call, with the user's weights merged."""
-        kind = SAMPLERS[request.scheduler] if request.scheduler else type(self.base.scheduler)
-        own = StableDiffusionPipeline(
-            **{**self.base.components, "scheduler": kind.from_config(self.base.scheduler.config)},
-            requires_safety_checker=False,
-        )
-        own.set_progress_bar_config(disable=True)
-        with torch.inference_mode(), applied(self.adapters.get(user), self.base):
-            latents: Tensor = own(
-                request.prompt,
-                negative_prompt=request.negative_prompt,
-                width=request.width,
-                height=request.height,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
-                num_images_per_prompt=request.num_images,
-                generator=self.generators(request),
-                output_type="latent",
-            ).images
-        return latents
-
-    def generators(self, request: GenerateRequest) -> list[torch.Generator]:
-        assert request.seed is not None
-        return [torch.Generator().manual_seed(request.seed + index) for index in range(request.num_images)]
+def users() -> Crowd:
+    """Users whose models differ strongly, more than there are slots."""
+    base = crowd.base(slots=3)
+    return Crowd(base, crowd.adapters(base, RANKS))
 
 
 @pytest.fixture
-def bench(base: StableDiffusionPipeline, adapters: dict[str, Adapter]) -> Iterator[Bench]:
-    slots = Slots(base.unet, 3)
+def batch() -> Iterator[Batch]:
     batch = Batch(most_rows=6)
-    yield Bench(base, adapters, Model(base.unet, slots), batch)
+    yield batch
     batch.close()
-    slots.remove()
 
 
-def some_request(chance: random.Random) -> tuple[str, GenerateRequest]:
-    user = chance.choice(["nobody", *[f"user{number}" for number in range(4)]])
-    fields: dict[str, Any] = {
-        "prompt": chance.choice(["sks person as a knight", "a red house by the sea", "sks person, smiling"]),
-        "negative_prompt": chance.choice([None, "rain"]),
-        "num_inference_steps": chance.randint(1, 9),
-        "guidance_scale": chance.choice([1.0, 3.0, 7.5]),
-        "num_images": chance.choice([1, 1, 1, 2, 4]),
-        "width": chance.choice([256, 256, 320]),
-        "scheduler": chance.choice([None, "ddim", "euler", "euler_a", "dpmpp_2m", "unipc"]),
-        "seed": chance.randrange(1000),
-    }
-    return user, builders.request(user_id=user, **fields)
+@pytest.fixture
+def watch(users: Crowd) -> Iterator[Watch]:
+    """Has a function called with the rows of every forward before it."""
+    handles = []
+
+    def watch(before: Callable[[int], Any]) -> None:
+        def hook(unet: Any, arguments: tuple[Tensor, ...]) -> None:
+            before(len(arguments[0]))
+
+        handles.append(users.base.unet.module.register_forward_pre_hook(hook))
+
+    yield watch
+    for handle in handles:
+        handle.remove()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_each_is_drawn_as_it_is_alone(bench: Bench, seed: int) -> None:
-    """More users than slots, more rows than fit, every sampler, two sizes, joining whenever a place is free."""
-    wanted = [some_request(random.Random(100 * seed + number)) for number in range(15)]
-    tasks = [bench.task(user, request) for user, request in wanted]
-    with ThreadPoolExecutor(10) as crowd:
-        drawn = list(crowd.map(bench.batch.draw, tasks))
-    for (user, request), latents in zip(wanted, drawn, strict=True):
-        alone = bench.alone(user, request)
-        assert (latents - alone).abs().max() <= 1e-4 * alone.abs().max(), (user, request)
+def is_alone(users: Crowd, wish: Wish, latents: Tensor) -> bool:
+    """Whether `latents` are those of the stock call with the user's weights merged."""
+    alone = users.alone(wish)
+    return bool((latents - alone).abs().max() <= 1e-4 * alone.abs().max())
 
 
-def test_a_user_never_gets_anothers_model(bench: Bench) -> None:
-    """The same prompt and seed for everybody: only whose model it is differs, and that by far."""
-    request = builders.request(num_inference_steps=3, guidance_scale=1.0, scheduler="ddim")
-    users = ["nobody", *bench.adapters]
-    alone = {user: bench.alone(user, request) for user in users}
-    for one in users:
-        for other in users:
-            assert one == other or (alone[one] - alone[other]).abs().max() > 0.1
-    crowd = users * 8
-    random.Random(1).shuffle(crowd)
-    with ThreadPoolExecutor(12) as threads:
-        drawn = list(threads.map(lambda user: bench.batch.draw(bench.task(user, request)), crowd))
-    for user, latents in zip(crowd, drawn, strict=True):
-        nearest = min(users, key=lambda known: float((latents - alone[known]).abs().max()))
-        assert nearest == user
+def gate(batch: Batch, tasks: int) -> OnCall:
+    """Holds the batch after a first call until it has so many tasks in hand, once: what follows is one crowd."""
+    deadline, opened = time.monotonic() + PATIENCE, False
+
+    def on_call(done: int, latents: Tensor) -> None:
+        nonlocal opened
+        while not opened:
+            assert time.monotonic() < deadline
+            opened = len(batch._tasks) >= tasks  # only the batch knows
+            os.sched_yield()
+
+    return on_call
 
 
-def test_who_cancels_leaves_and_nobody_notices(bench: Bench) -> None:
-    request = builders.request(num_inference_steps=8)
+def test_who_cancels_leaves_and_nobody_notices(users: Crowd, batch: Batch) -> None:
+    wishes = [Wish(user, steps=8) for user in ("user0", "user1", "user2")]
     calls: list[int] = []
 
     def stop_at_three(done: int, latents: Tensor) -> None:
@@ -167,62 +85,80 @@ def test_who_cancels_leaves_and_nobody_notices(bench: Bench) -> None:
         if done == 3:
             raise Cancelled("it was cancelled")
 
-    with ThreadPoolExecutor(3) as crowd:
-        others = [crowd.submit(bench.batch.draw, bench.task(user, request)) for user in ("user0", "user1")]
+    with ThreadPoolExecutor(3) as threads:
+        together = gate(batch, 3)
+        others = [threads.submit(batch.draw, users.task(wish, together)) for wish in wishes[:2]]
         with pytest.raises(Cancelled):
-            bench.batch.draw(bench.task("user2", request, stop_at_three))
+            batch.draw(users.task(wishes[2], stop_at_three))
         drawn = [other.result(PATIENCE) for other in others]
     assert calls == [1, 2, 3]
-    for user, latents in zip(("user0", "user1"), drawn, strict=True):
-        alone = bench.alone(user, request)
-        assert (latents - alone).abs().max() <= 1e-4 * alone.abs().max()
+    assert all(is_alone(users, wish, latents) for wish, latents in zip(wishes, drawn, strict=False))
 
 
-def test_latents_that_are_not_finite_fail_alone(bench: Bench) -> None:
-    request = builders.request(num_inference_steps=4)
-    broken = bench.task("user0", request)
-    broken.text[0] = float("nan")
-    with ThreadPoolExecutor(2) as crowd:
-        other = crowd.submit(bench.batch.draw, bench.task("user1", request))
+def test_latents_that_are_not_finite_fail_alone(users: Crowd, batch: Batch) -> None:
+    wish = Wish("user1", steps=4)
+    broken = users.task(Wish("user0", steps=4))
+    broken.text = torch.full_like(broken.text, float("nan"))
+    with ThreadPoolExecutor(2) as threads:
+        other = threads.submit(batch.draw, users.task(wish, gate(batch, 2)))
         with pytest.raises(BadPicture):
-            bench.batch.draw(broken)
-        latents = other.result(PATIENCE)
-    alone = bench.alone("user1", request)
-    assert (latents - alone).abs().max() <= 1e-4 * alone.abs().max()
+            batch.draw(broken)
+        assert is_alone(users, wish, other.result(PATIENCE))
 
 
-class Small(nn.Module):
-    """A UNet on a device whose memory suffices for so many rows."""
+def test_an_adapter_that_fits_no_slot_is_told_before_its_first_step(users: Crowd, batch: Batch) -> None:
+    wish, calls = Wish("user1", steps=4), list[int]()
+    refused = users.task(Wish("too much"), lambda done, latents: calls.append(done))
+    with ThreadPoolExecutor(2) as threads:
+        other = threads.submit(batch.draw, users.task(wish, gate(batch, 2)))
+        with pytest.raises(NotForSlots, match="rank 129"):
+            batch.draw(refused)
+        assert is_alone(users, wish, other.result(PATIENCE))
+    assert calls == []
 
-    def __init__(self, unet: nn.Module, most: int) -> None:
-        super().__init__()
-        self._unet, self._most = unet, most
-        self.dtype = torch.float32
 
-    def forward(self, rows: Tensor, *args: Any, **options: Any) -> Any:
-        if len(rows) > self._most:
+def test_memory_for_one_is_enough_for_all_but_who_needs_more(users: Crowd, batch: Batch, watch: Watch) -> None:
+    failed: list[int] = []
+
+    def room_for_two(rows: int) -> None:
+        if rows > 2:
+            failed.append(rows)
             raise OutOfMemory("no room")
-        return self._unet(rows, *args, **options)
 
-
-def test_memory_for_one_is_enough_for_all_but_who_needs_more(bench: Bench) -> None:
-    request = builders.request(num_inference_steps=3)
-    small = Model(Small(bench.base.unet, 2), bench.model.slots)
-    tasks = [bench.task(user, request) for user in ("user0", "user1", "nobody")]
-    tasks.append(bench.task("user2", builders.request(num_inference_steps=3, num_images=3)))
-    for task in tasks:
-        task.model = small
-    with ThreadPoolExecutor(4) as crowd:
-        *futures, too_large = [crowd.submit(bench.batch.draw, task) for task in tasks]
-        drawn = [future.result(PATIENCE) for future in futures]
+    watch(room_for_two)
+    wishes = [Wish(user) for user in ("user0", "user1", NOBODY)]
+    with ThreadPoolExecutor(4) as threads:
+        together = gate(batch, 4)
+        drawing = [threads.submit(batch.draw, users.task(wish, together)) for wish in wishes]
         with pytest.raises(OutOfMemory):
-            too_large.result(PATIENCE)
-    for user, latents in zip(("user0", "user1", "nobody"), drawn, strict=True):
-        alone = bench.alone(user, request)
-        assert (latents - alone).abs().max() <= 1e-4 * alone.abs().max()
+            batch.draw(users.task(Wish("user2", pictures=3)))
+        assert all(is_alone(users, wish, future.result(PATIENCE)) for wish, future in zip(wishes, drawing, strict=True))
+    assert failed
 
 
-def test_who_comes_later_does_not_wait_for_a_crowd(bench: Bench) -> None:
+@pytest.mark.xfail(reason="the error's frames hold the large step's tensors while each is drawn alone", strict=True)
+def test_what_did_not_fit_together_is_let_go_before_each_is_drawn_alone(
+    users: Crowd, batch: Batch, watch: Watch
+) -> None:
+    left: list[weakref.ref[Tensor]] = []
+    held: list[bool] = []
+
+    def room_for_two(rows: int) -> None:
+        held.append(any(tensor() is not None for tensor in left))
+        activations = torch.ones(rows)
+        left.append(weakref.ref(activations))
+        if rows > 2:
+            raise OutOfMemory("no room")
+
+    watch(room_for_two)
+    with ThreadPoolExecutor(2) as threads:
+        other = threads.submit(batch.draw, users.task(Wish("user0"), gate(batch, 2)))
+        batch.draw(users.task(Wish("user1")))
+        other.result(PATIENCE)
+    assert not any(held)
+
+
+def test_who_comes_later_does_not_wait_for_a_crowd(users: Crowd, batch: Batch) -> None:
     """One user with twenty requests, and one with one: the device is shared by users, not by requests."""
     steps = Counter[str]()
     ends: dict[str, int] = {}
@@ -235,26 +171,94 @@ def test_who_comes_later_does_not_wait_for_a_crowd(bench: Bench) -> None:
 
         return on_call
 
-    request = builders.request(num_inference_steps=6)
-    crowd = [bench.task("ada", request, counted("ada")) for _ in range(20)]
-    late = bench.task("bo", request, counted("bo"))
+    many = [users.task(Wish("ada", steps=6), counted("ada")) for _ in range(20)]
+    late = users.task(Wish("bo", steps=6), counted("bo"))
     with ThreadPoolExecutor(21) as threads:
-        waiting = [threads.submit(bench.batch.draw, task) for task in crowd]
-        bench.batch.draw(late)
+        waiting = [threads.submit(batch.draw, task) for task in many]
+        batch.draw(late)
         for future in waiting:
             future.result(PATIENCE)
     assert steps == {"ada": 120, "bo": 6}
     assert ends["bo"] <= 90  # four requests fit at once: bo's six steps meet some twenty of ada's, wherever it begins
 
 
-def test_closing_ends_what_is_drawn_and_refuses_the_rest(bench: Bench) -> None:
-    started = bench.task("ada", builders.request(num_inference_steps=100))
-    with ThreadPoolExecutor(1) as crowd:
-        waiting = crowd.submit(bench.batch.draw, started)
-        while not started.done:
-            assert not waiting.done()
-        bench.batch.close()
-        with pytest.raises(ShuttingDown):
-            waiting.result(PATIENCE)
+def test_who_is_alone_shares_no_forward_and_the_others_share_theirs(users: Crowd, batch: Batch, watch: Watch) -> None:
+    forwards: list[tuple[int, list[str]]] = []
+    watch(lambda rows: forwards.append((rows, [])))
+    together = gate(batch, 3)
+    wishes = {user: Wish(user, steps=5) for user in (NOBODY, "user0", "user1")}
+
+    def noted(user: str) -> OnCall:
+        def on_call(done: int, latents: Tensor) -> None:
+            forwards[-1][1].append(user)
+            together(done, latents)
+
+        return on_call
+
+    with ThreadPoolExecutor(3) as threads:
+        drawing = {
+            user: threads.submit(batch.draw, users.task(wish, noted(user), alone=user == NOBODY))
+            for user, wish in wishes.items()
+        }
+        drawn = {user: future.result(PATIENCE) for user, future in drawing.items()}
+    assert all(is_alone(users, wish, drawn[user]) for user, wish in wishes.items())
+    assert forwards.count((2, [NOBODY])) == 5
+    assert sum(NOBODY in whose for _, whose in forwards) == 5
+    assert any(len(whose) == 2 for _, whose in forwards)
+    assert torch.equal(drawn[NOBODY], batch.draw(users.task(wishes[NOBODY], alone=True)))
+
+
+def test_tasks_of_a_step_share_its_time_by_their_rows(
+    users: Crowd, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()  # each step takes a second
+    monkeypatch.setattr("api.engine.batch.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    one = users.task(Wish("user0", steps=3), gate(batch, 2))
+    two = users.task(Wish("user1", steps=3, pictures=2))
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(batch.draw, one)
+        while not one.done:
+            assert not other.done()
+        batch.draw(two)
+        other.result(PATIENCE)
+    assert one.seconds == pytest.approx(1 + 1 / 3 + 1 / 3)  # the first step was its own
+    assert two.seconds == pytest.approx(2 / 3 + 2 / 3 + 1)
+
+
+def test_an_adapter_dropped_while_it_draws_finishes_and_leaves(users: Crowd, batch: Batch) -> None:
+    ada, wish = users.adapters["user0"], Wish("user0", steps=4)
+    held = list[bool]()
+
+    def drop_after_two(done: int, latents: Tensor) -> None:
+        if done == 2:
+            held.append(ada.key in users.base.unet.warm())
+            users.base.drop(ada)
+
+    assert is_alone(users, wish, batch.draw(users.task(wish, drop_after_two)))
+    assert held == [True]
+    with ThreadPoolExecutor(3) as threads:  # all slots, were one lost, would not suffice
+        drawn = list(threads.map(lambda user: batch.draw(users.task(Wish(user))), ("user1", "user2", "user3")))
+    assert all(is_alone(users, Wish(user), each) for user, each in zip(("user1", "user2", "user3"), drawn, strict=True))
+    assert ada.key not in users.base.unet.warm()
+    assert len(users.base.unet.warm()) == 3
+
+
+def test_closing_ends_what_is_drawn_and_refuses_the_rest(users: Crowd, batch: Batch) -> None:
+    began = threading.Event()
+
+    def until_it_closes(done: int, latents: Tensor) -> None:
+        deadline = time.monotonic() + PATIENCE
+        began.set()
+        while not batch._stopping:
+            assert time.monotonic() < deadline
+            os.sched_yield()
+
+    started, waits = users.task(Wish("ada", steps=9), until_it_closes), users.task(Wish("ada", pictures=4))
+    with ThreadPoolExecutor(2) as threads:
+        drawing = [threads.submit(batch.draw, task) for task in (started, waits)]
+        assert began.wait(PATIENCE)
+        batch.close()
+        assert [type(future.exception(PATIENCE)) for future in drawing] == [ShuttingDown] * 2
+    assert started.done == 1
     with pytest.raises(ShuttingDown):
-        bench.batch.draw(bench.task("ada", builders.request()))
+        batch.draw(users.task(Wish("ada")))

@@ -1,7 +1,9 @@
 """Rows of different adapters in one forward give what each gives alone, merged into the base."""
 
+import queue
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
-from api.engine.adapters import Adapter, LayerDelta, applied, find_adapter_file, load_adapter
+from api.engine.adapters import Adapter, LayerDelta, find_adapter_file, load_adapter
 from api.engine.slots import NO_ADAPTER, NotForSlots, Slots, SlotsFull
 from tests import builders
 from tests.builders import CONV, LINEAR, OUT, POINTWISE, TEXT_LAYERS, UNET_LAYERS
@@ -35,6 +37,7 @@ MORE_LAYERS = (
 ALL_LAYERS = UNET_LAYERS + MORE_LAYERS
 COUNT = 4
 ROWS = 6
+PATIENCE = 60
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +76,14 @@ def draw(unet: nn.Module, rows: tuple[Tensor, ...]) -> Tensor:
 
 
 def solo(base: StableDiffusionPipeline, adapter: Adapter | None, rows: tuple[Tensor, ...]) -> Tensor:
-    """Each row alone, the adapter merged: as `draw` on another copy of the base would be."""
-    with applied(adapter, base):
-        return torch.cat([draw(base.unet, tuple(part[i : i + 1] for part in rows)) for i in range(len(rows[0]))])
+    """Each row alone, the adapter merged."""
+    unet = builders.with_merged(base, adapter).unet
+    return torch.cat([draw(unet, tuple(part[i : i + 1] for part in rows)) for i in range(len(rows[0]))])
 
 
-def together(slots: Slots, unet: nn.Module, chosen: Sequence[int], rows: tuple[Tensor, ...]) -> Tensor:
+def together(slots: Slots, chosen: Sequence[int], rows: tuple[Tensor, ...]) -> Tensor:
     with slots.rows(chosen):
-        return draw(unet, rows)
+        return draw(slots.module, rows)
 
 
 def is_close(some: Tensor, other: Tensor) -> bool:
@@ -112,12 +115,9 @@ def test_every_style_of_file_draws_in_rows_as_it_does_alone(
     mine, other = load_adapter(file, base, strength), adapter(base)
     rows = inputs(4)
     alone = [solo(base, each, rows) for each in (mine, None, other)]
-    slots = Slots(base.unet, COUNT)
-    mine_slot, other_slot = slots.acquire("mine", mine), slots.acquire("other", other)
-    drawn = together(slots, base.unet, [other_slot, mine_slot, NO_ADAPTER, mine_slot], rows)
-    slots.release(mine_slot)
-    slots.release(other_slot)
-    slots.remove()
+    slots = Slots(base.unet, "unet", COUNT)
+    mine_slot, other_slot = slots.acquire(mine), slots.acquire(other)
+    drawn = together(slots, [other_slot, mine_slot, NO_ADAPTER, mine_slot], rows)
     for row, kind in enumerate((2, 0, 1, 0)):
         assert is_close(drawn[row], alone[kind][row])
         assert not any(is_close(drawn[row], alone[wrong][row]) for wrong in {0, 1, 2} - {kind})
@@ -140,17 +140,14 @@ def test_any_mix_of_layers_ranks_and_slots_draws_as_each_alone(
     again: list[int],
 ) -> None:
     adapters = [adapter(base, layers, ranks, seed) for seed, (layers, ranks) in enumerate(shapes)]
-    slots = Slots(base.unet, COUNT)
-    users = [NO_ADAPTER, *(slots.acquire(key, each) for key, each in enumerate(adapters))]
+    slots = Slots(base.unet, "unet", COUNT)
+    users = [NO_ADAPTER, *(slots.acquire(each) for each in adapters)]
     for plan in (chosen, again):
         rows = inputs(len(plan))
-        drawn = together(slots, base.unet, [users[user] for user in plan], rows)
+        drawn = together(slots, [users[user] for user in plan], rows)
         for row, user in enumerate(plan):
             one = tuple(part[row : row + 1] for part in rows)
             assert is_close(drawn[row : row + 1], solo(base, adapters[user - 1] if user else None, one))
-    for slot in users:
-        slots.release(slot)
-    slots.remove()
 
 
 SIDES = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -164,10 +161,10 @@ def test_convolutions_move_as_the_bare_one_does(
     conv = nn.Conv2d(3, 5, kernel, stride, padding, dilation)
     deltas = [LayerDelta("unet", "0", torch.randn(2, 3, *kernel), torch.randn(5, 2, 1, 1), 0.3) for _ in range(2)]
     module, x = nn.Sequential(conv), torch.randn(3, 3, 7, 8)
-    slots = Slots(module, 2)
-    one, two = (slots.acquire(number, Adapter((delta,))) for number, delta in enumerate(deltas))
+    slots = Slots(module, "unet", 2)
+    one, two = (slots.acquire(Adapter((delta,))) for delta in deltas)
     with slots.rows([two, NO_ADAPTER, one]):
-        drawn = module(x)
+        drawn = slots.module(x)
     weights = (deltas[1].merged(conv.weight), conv.weight, deltas[0].merged(conv.weight))
     for row, weight in enumerate(weights):
         alone = functional.conv2d(x[row : row + 1], weight, conv.bias, stride, padding, dilation)
@@ -181,7 +178,7 @@ def test_two_hundred_rounds_of_coming_and_going_never_mix_users(base: StableDiff
     alone = [solo(base, person, rows) for person in people]
     plain = solo(base, None, rows)
     assert not any(is_close(one[0], other[0]) for one in alone for other in [*alone, plain] if one is not other)
-    slots = Slots(base.unet, COUNT)
+    slots = Slots(base.unet, "unet", COUNT)
     held: list[tuple[int, int]] = []  # (slot, person) of each use
     full = drawn_rows = 0
     for _ in range(200):
@@ -189,7 +186,7 @@ def test_two_hundred_rounds_of_coming_and_going_never_mix_users(base: StableDiff
         match dice.choice(("acquire", "acquire", "release", "drop", "draw")):
             case "acquire":
                 try:
-                    slot = slots.acquire(person, people[person])
+                    slot = slots.acquire(people[person])
                 except SlotsFull:
                     full += 1
                     assert len({slot for slot, _ in held}) == COUNT
@@ -199,29 +196,21 @@ def test_two_hundred_rounds_of_coming_and_going_never_mix_users(base: StableDiff
             case "release" if held:
                 slots.release(held.pop(dice.randrange(len(held)))[0])
             case "drop":
-                slots.drop(person)
-                assert person not in slots.warm()
+                slots.drop(people[person])
+                assert people[person].key not in slots.warm()
             case "draw":
                 plan = [dice.choice([(NO_ADAPTER, -1), *held]) for _ in range(ROWS)]
-                drawn = together(slots, base.unet, [slot for slot, _ in plan], rows)
+                drawn = together(slots, [slot for slot, _ in plan], rows)
                 for row, (_, person) in enumerate(plan):
                     assert is_close(drawn[row], (alone[person] if person >= 0 else plain)[row])
                     drawn_rows += 1
     assert full
     assert drawn_rows > 100
-    for slot, _ in held:
-        slots.release(slot)
-    slots.remove()
 
 
 @pytest.fixture
 def slots(base: StableDiffusionPipeline) -> Slots:
-    """Two slots in a base of its own."""
-    return Slots(builders.pipeline().unet, 2)
-
-
-def unet_of(slots: Slots) -> nn.Module:
-    return slots._module
+    return Slots(base.unet, "unet", 2)
 
 
 def contents(slots: Slots, slot: int) -> list[Tensor]:
@@ -229,56 +218,59 @@ def contents(slots: Slots, slot: int) -> list[Tensor]:
 
 
 def test_an_adapter_is_copied_once_and_counted(base: StableDiffusionPipeline, slots: Slots) -> None:
-    first, second = slots.acquire("ada", adapter(base)), slots.acquire("ada", adapter(base))
+    ada, bo, cy = (adapter(base, seed=seed) for seed in range(3))
+    first, second = slots.acquire(ada), slots.acquire(ada)
     assert first == second != NO_ADAPTER
     slots.release(first)
-    slots.acquire("bo", adapter(base, seed=6))
+    slots.acquire(bo)
     with pytest.raises(SlotsFull, match="all 2 slots are in use"):
-        slots.acquire("cy", adapter(base, seed=7))
+        slots.acquire(cy)
     slots.release(first)
-    assert slots.acquire("cy", adapter(base, seed=7)) == first
-    assert slots.warm() == ["bo", "cy"]
+    assert slots.acquire(cy) == first
+    assert slots.warm() == [bo.key, cy.key]
 
 
 def test_the_idle_leave_least_recently_used_first(base: StableDiffusionPipeline, slots: Slots) -> None:
-    ada, bo = slots.acquire("ada", adapter(base)), slots.acquire("bo", adapter(base, seed=6))
-    slots.release(bo)
-    slots.release(ada)
-    assert slots.warm() == ["bo", "ada"]
-    assert slots.acquire("ada", adapter(base)) == ada
-    slots.release(ada)
-    assert slots.acquire("cy", adapter(base, seed=7)) == bo
-    assert slots.warm() == ["ada", "cy"]
+    ada, bo, cy = (adapter(base, seed=seed) for seed in range(3))
+    its, bos = slots.acquire(ada), slots.acquire(bo)
+    slots.release(bos)
+    slots.release(its)
+    assert slots.warm() == [bo.key, ada.key]
+    assert slots.acquire(ada) == its
+    slots.release(its)
+    assert slots.acquire(cy) == bos
+    assert slots.warm() == [ada.key, cy.key]
 
 
 def test_a_slot_in_use_is_never_overwritten(base: StableDiffusionPipeline, slots: Slots) -> None:
-    ada = slots.acquire("ada", adapter(base))
-    before = contents(slots, ada)
-    for number in range(5):
-        slots.release(slots.acquire(number, adapter(base, seed=number)))
-    assert all(torch.equal(one, other) for one, other in zip(before, contents(slots, ada), strict=True))
-    assert slots.warm() == ["ada", 4]
+    ada, others = adapter(base), [adapter(base, seed=number) for number in range(5)]
+    held = slots.acquire(ada)
+    before = contents(slots, held)
+    for other in others:
+        slots.release(slots.acquire(other))
+    assert all(torch.equal(one, two) for one, two in zip(before, contents(slots, held), strict=True))
+    assert slots.warm() == [ada.key, others[-1].key]
 
 
 def test_a_higher_rank_keeps_the_others(base: StableDiffusionPipeline, slots: Slots) -> None:
     rows = inputs(2)
-    ada = slots.acquire("ada", adapter(base, ranks=[3]))
-    drawn = together(slots, unet_of(slots), [ada, ada], rows)
+    ada = slots.acquire(adapter(base, ranks=[3]))
+    drawn = together(slots, [ada, ada], rows)
     buffers = [table.down.data_ptr() for table in slots._tables.values()]
-    slots.release(slots.acquire("same bucket", adapter(base, ranks=[4])))
+    slots.release(slots.acquire(adapter(base, ranks=[4])))
     assert buffers == [table.down.data_ptr() for table in slots._tables.values()]
     small = slots.nbytes
-    slots.acquire("higher", adapter(base, [LINEAR], ranks=[33]))
+    slots.acquire(adapter(base, [LINEAR], ranks=[33]))
     assert {name: table.down.shape[1] for name, table in slots._tables.items()} == dict.fromkeys(ALL_LAYERS, 4) | {
         LINEAR: 64
     }
     assert slots.nbytes == small + 60 * (8 + 8) * 3 * 4  # ranks × (in + out) × slots × float32
-    assert is_close(together(slots, unet_of(slots), [ada, ada], rows), drawn)
+    assert is_close(together(slots, [ada, ada], rows), drawn)
 
 
 def test_every_byte_is_counted(base: StableDiffusionPipeline, slots: Slots) -> None:
     assert slots.nbytes == 0
-    slot = slots.acquire("ada", adapter(base, [CONV]))
+    slot = slots.acquire(adapter(base, [CONV]))
     assert slots.nbytes == 3 * 4 * (8 * 9 + 16) * 4  # slots × ranks × (in × 3 × 3 + out) × float32
     with slots.rows([slot, slot]):
         assert slots.nbytes == 3 * 4 * (8 * 9 + 16) * 4 + 2 * 8
@@ -286,55 +278,95 @@ def test_every_byte_is_counted(base: StableDiffusionPipeline, slots: Slots) -> N
 
 def test_drop_erases_what_is_idle_now_and_the_rest_at_its_release(base: StableDiffusionPipeline, slots: Slots) -> None:
     rows = inputs(1)
-    idle, used = slots.acquire("idle", adapter(base)), slots.acquire("used", adapter(base, seed=6))
-    drawn = together(slots, unet_of(slots), [used], rows)
+    first, second, third = (adapter(base, seed=seed) for seed in range(3))
+    idle, used = slots.acquire(first), slots.acquire(second)
+    drawn = together(slots, [used], rows)
     slots.release(idle)
-    for key in ("idle", "used", "nobody"):
-        slots.drop(key)
+    for each in (first, second, third):
+        slots.drop(each)
     assert slots.warm() == []
     assert not any(factor.any() for factor in contents(slots, idle))
-    assert torch.equal(together(slots, unet_of(slots), [used], rows), drawn)
-    again = slots.acquire("used", adapter(base, seed=7))
+    assert torch.equal(together(slots, [used], rows), drawn)
+    again = slots.acquire(second)  # by who came after the drop: a copy of its own
     assert again == idle
     slots.release(used)
     assert not any(factor.any() for factor in contents(slots, used))
-    assert slots.warm() == ["used"]
+    assert slots.warm() == [second.key]
+
+
+def test_drops_on_another_thread_reach_nobody_who_draws(base: StableDiffusionPipeline) -> None:
+    slots, rows = Slots(base.unet, "unet", 8), inputs(ROWS)
+    people = [adapter(base, seed=seed) for seed in range(2)]
+    alone = [solo(base, person, rows) for person in people]
+    others = [adapter(base, ranks=[rank], seed=rank) for rank in (1, 3, 9)]
+    held = [slots.acquire(person) for person in people]
+    plan = [held[row % 2] for row in range(ROWS)]
+    coming: queue.SimpleQueue[Adapter | None] = queue.SimpleQueue()
+
+    def drop_them() -> int:
+        dropped = 0
+        while (other := coming.get()) is not None:
+            slots.drop(other)
+            dropped += 1
+        return dropped
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        dropping = elsewhere.submit(drop_them)
+        for number in range(60):
+            other = others[number % 3]
+            slots.release(slots.acquire(other))
+            coming.put(other)
+            drawn = together(slots, plan, rows)
+            for row in range(ROWS):
+                assert is_close(drawn[row], alone[row % 2][row])
+        for person in people:  # dropped while it is used
+            coming.put(person)
+        coming.put(None)
+        assert dropping.result(PATIENCE) == 62
+    assert slots.warm() == []
+    drawn = together(slots, plan, rows)
+    assert all(is_close(drawn[row], alone[row % 2][row]) for row in range(ROWS))
+    for slot in held:
+        slots.release(slot)
+    assert not any(factor.any() for table in slots._tables.values() for factor in (table.down, table.up))
+    assert sorted(slots.acquire(adapter(base, seed=seed)) for seed in range(8)) == [*range(1, 9)], "no slot is lost"
 
 
 def test_a_lost_copy_loses_no_slot(base: StableDiffusionPipeline, slots: Slots) -> None:
-    slots.acquire("ada", adapter(base))
-    slots.release(slots.acquire("bo", adapter(base, seed=6)))
+    ada = adapter(base)
+    slots.acquire(ada)
+    slots.release(slots.acquire(adapter(base, seed=6)))
     whole = adapter(base, seed=7)
     broken = Adapter((*whole.deltas[:3], LayerDelta("unet", CONV, torch.ones(2, 5), torch.ones(16, 2), 1.0)))
     with pytest.raises(RuntimeError):
-        slots.acquire("cy", broken)
-    assert slots.warm() == ["ada"]
+        slots.acquire(broken)
+    assert slots.warm() == [ada.key]
     rows = inputs(1)
-    cy = slots.acquire("cy", whole)
-    assert is_close(together(slots, unet_of(slots), [cy], rows), solo(base, whole, rows))
+    cy = slots.acquire(whole)
+    assert is_close(together(slots, [cy], rows), solo(base, whole, rows))
 
 
 def test_rows_without_an_adapter_cost_and_change_nothing(
     base: StableDiffusionPipeline, slots: Slots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = inputs(3)
-    bare = draw(unet_of(slots), rows)
-    slots.acquire("ada", adapter(base))
+    bare = draw(slots.module, rows)
+    slots.acquire(adapter(base))
     monkeypatch.setattr(torch, "bmm", None)
-    assert torch.equal(together(slots, unet_of(slots), [NO_ADAPTER] * 3, rows), bare)
-    assert torch.equal(draw(unet_of(slots), rows), bare)
+    assert torch.equal(together(slots, [NO_ADAPTER] * 3, rows), bare)
+    assert torch.equal(draw(slots.module, rows), bare)
 
 
 def test_text_changes_are_left_to_others(base: StableDiffusionPipeline, slots: Slots) -> None:
     pair = builders.factors(base.text_encoder, TEXT_LAYERS[:1])[TEXT_LAYERS[0]]
     only_text = Adapter((LayerDelta("text_encoder", TEXT_LAYERS[0], pair["A"], pair["B"], 1.0),))
-    assert slots.acquire("ada", only_text) == NO_ADAPTER
+    assert slots.acquire(only_text) == NO_ADAPTER
     slots.release(NO_ADAPTER)
     assert (slots.warm(), slots.nbytes) == ([], 0)
 
 
 def test_slots_that_nobody_holds_are_refused(base: StableDiffusionPipeline, slots: Slots) -> None:
-    ada = slots.acquire("ada", adapter(base))
+    ada = slots.acquire(adapter(base))
     for unknown in (2, 3, -1):
         with pytest.raises(ValueError, match=f"slot {unknown} is not in use"), slots.rows([ada, unknown]):
             pass
@@ -342,8 +374,6 @@ def test_slots_that_nobody_holds_are_refused(base: StableDiffusionPipeline, slot
             slots.release(unknown)
     with slots.rows([ada]), pytest.raises(ValueError, match="chosen already"), slots.rows([ada]):
         pass
-    with pytest.raises(ValueError, match="in use"):
-        slots.remove()
     slots.release(ada)
     with pytest.raises(ValueError, match="not in use"), slots.rows([ada]):
         pass
@@ -351,62 +381,69 @@ def test_slots_that_nobody_holds_are_refused(base: StableDiffusionPipeline, slot
 
 @pytest.mark.parametrize("layer", [LINEAR, CONV, POINTWISE, "time_embedding.linear_1"])
 def test_a_batch_of_another_size_is_refused(base: StableDiffusionPipeline, slots: Slots, layer: str) -> None:
-    ada = slots.acquire("ada", adapter(base, [layer]))
+    ada = slots.acquire(adapter(base, [layer]))
     for size in (1, 4):
         with pytest.raises(RuntimeError):
-            together(slots, unet_of(slots), [ada] * 2, inputs(size))
+            together(slots, [ada] * 2, inputs(size))
 
 
 def test_the_rows_end_when_the_drawing_fails(base: StableDiffusionPipeline, slots: Slots) -> None:
     rows = inputs(1)
-    bare = draw(unet_of(slots), rows)
-    ada = slots.acquire("ada", adapter(base))
+    bare = draw(slots.module, rows)
+    ada = slots.acquire(adapter(base))
     with pytest.raises(KeyboardInterrupt), slots.rows([ada]):
         raise KeyboardInterrupt
-    assert torch.equal(draw(unet_of(slots), rows), bare)
+    assert torch.equal(draw(slots.module, rows), bare)
 
 
 def test_what_does_not_fit_in_slots_is_refused(base: StableDiffusionPipeline, slots: Slots) -> None:
     with pytest.raises(NotForSlots, match=r"rank 129 is over 128"):
-        slots.acquire("ada", adapter(base, [LINEAR], ranks=[129]))
-    unet_of(slots).get_submodule("mid_block.attentions.0").proj_in = nn.Conv2d(16, 16, 1, groups=2)
+        slots.acquire(adapter(base, [LINEAR], ranks=[129]))
+    slots.module.get_submodule("mid_block.attentions.0").proj_in = nn.Conv2d(16, 16, 1, groups=2)
     with pytest.raises(NotForSlots, match=POINTWISE):
-        slots.acquire("ada", adapter(base, [POINTWISE]))
+        slots.acquire(adapter(base, [POINTWISE]))
     assert (slots.warm(), slots.nbytes) == ([], 0)
 
 
-def test_names_parameters_and_other_readers_see_the_module_they_knew(
-    tmp_path: Path, base: StableDiffusionPipeline
-) -> None:
-    mine = builders.pipeline()
-    modules = dict(mine.unet.named_modules())
-    state = {name: value.data_ptr() for name, value in mine.unet.state_dict().items()}
-    parameters = {name: id(value) for name, value in mine.unet.named_parameters()}
-    slots, rows, whole = Slots(mine.unet, 2), inputs(2), adapter(base)
+def test_the_module_stays_as_it_is_and_shares_its_weights_with_the_copy(base: StableDiffusionPipeline) -> None:
+    mine = builders.pipeline().unet
+    modules, rows, whole = dict(mine.named_modules()), inputs(2), adapter(base)
+    inside = {name: dict(module.__dict__) for name, module in modules.items()}
+    bare = draw(mine, rows)
+    slots = Slots(mine, "unet", 2)
     # While it loads a model, accelerate has every module that is given a parameter put it on "meta".
     with init_empty_weights():
-        slot = slots.acquire("ada", whole)
-    assert state == {name: value.data_ptr() for name, value in mine.unet.state_dict().items()}
-    assert parameters == {name: id(value) for name, value in mine.unet.named_parameters()}
-    changed = {name for name, module in mine.unet.named_modules() if module is not modules[name]}
-    assert changed == set(ALL_LAYERS)
-    file = builders.kohya_lora(tmp_path / "lora.safetensors", builders.factors(base.unet, UNET_LAYERS), {})
-    assert len(load_adapter(file, mine, 1.0).deltas) == len(UNET_LAYERS)
-    assert is_close(solo(mine, whole, rows), solo(base, whole, rows))
-    slots.release(slot)
-    slots.remove()
-    assert dict(mine.unet.named_modules()) == modules
-    assert (slots.warm(), slots.nbytes) == ([], 0)
-    assert slots.acquire("ada", whole) == slot
+        slot = slots.acquire(whole)
+    drawn = together(slots, [slot, slot], rows)
+    assert is_close(drawn, solo(base, whole, rows))
+    assert not is_close(drawn, bare)
+    assert dict(mine.named_modules()) == modules
+    assert {name: module.__dict__ for name, module in modules.items()} == inside
+    assert torch.equal(draw(mine, rows), bare)
+    own, theirs = dict(mine.named_parameters()), dict(slots.module.named_parameters())
+    assert own.keys() == theirs.keys()
+    assert all(own[name] is theirs[name] for name in own)
+    wrapped = {name for name, module in slots.module.named_modules() if type(module) is not type(modules[name])}
+    assert wrapped == set(ALL_LAYERS)
+
+
+def test_two_copies_of_one_module_have_slots_of_their_own(base: StableDiffusionPipeline) -> None:
+    ada, bo, rows = adapter(base), adapter(base, seed=6), inputs(1)
+    one, other = (Slots(base.unet, "unet", 1) for _ in range(2))
+    first, second = one.acquire(ada), other.acquire(bo)
+    assert is_close(together(one, [first], rows), solo(base, ada, rows))
+    assert is_close(together(other, [second], rows), solo(base, bo, rows))
+    one.drop(bo)
+    assert (one.warm(), other.warm()) == ([ada.key], [bo.key])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_factors_have_the_precision_of_the_module(base: StableDiffusionPipeline, dtype: torch.dtype) -> None:
     half = builders.pipeline().unet.to(dtype)
-    slots, whole, (noise, steps, words) = Slots(half, 2), adapter(base, change=0.5), inputs(2)
-    slot = slots.acquire("ada", whole)
+    slots, whole, (noise, steps, words) = Slots(half, "unet", 2), adapter(base, change=0.5), inputs(2)
+    slot = slots.acquire(whole)
     assert {factor.dtype for factor in contents(slots, slot)} == {dtype}
-    drawn = together(slots, half, [slot, NO_ADAPTER], (noise.to(dtype), steps, words.to(dtype)))
+    drawn = together(slots, [slot, NO_ADAPTER], (noise.to(dtype), steps, words.to(dtype)))
     alone = torch.cat([solo(base, user, inputs(2))[row : row + 1] for row, user in enumerate((whole, None))])
     assert drawn.dtype == dtype
     assert torch.allclose(drawn.float(), alone, atol=0.1 * alone.abs().max().item())
@@ -415,14 +452,15 @@ def test_factors_have_the_precision_of_the_module(base: StableDiffusionPipeline,
 def test_factors_written_in_inference_mode_can_be_written_outside_of_it(
     base: StableDiffusionPipeline, slots: Slots
 ) -> None:
+    first = adapter(base)
     with torch.inference_mode():
-        ada = slots.acquire("ada", adapter(base))
-        together(slots, unet_of(slots), [ada], inputs(1))
+        ada = slots.acquire(first)
+        together(slots, [ada], inputs(1))
         slots.release(ada)
-    slots.drop("ada")
-    slot = slots.acquire("bo", adapter(base))
+    slots.drop(first)
+    slot = slots.acquire(adapter(base, seed=6))
     with slots.rows([slot]):
-        assert unet_of(slots)(*inputs(1)).sample.requires_grad
+        assert slots.module(*inputs(1)).sample.requires_grad
 
 
 def test_new_users_are_copies_that_compile_nothing_anew(base: StableDiffusionPipeline) -> None:
@@ -437,17 +475,17 @@ def test_new_users_are_copies_that_compile_nothing_anew(base: StableDiffusionPip
             )
         )
 
-    slots = Slots(module, 2)
-    held = [slots.acquire(number, user(4)) for number in range(2)]
+    slots = Slots(module, "unet", 2)
+    held = [slots.acquire(user(4)) for _ in range(2)]
     counter = CompileCounter()
-    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=False)
+    compiled = torch.compile(slots.module, backend=counter, fullgraph=True, dynamic=False)
     x = torch.randn(3, 4, 16, 16)
     buffers = [factor.data_ptr() for table in slots._tables.values() for factor in (table.down, table.up)]
-    for number in range(2, 6):
+    for rank in range(1, 5):
         slots.release(held.pop(0))
-        held.append(slots.acquire(number, user(number - 1)))
+        held.append(slots.acquire(user(rank)))
         for chosen in ([NO_ADAPTER] * 3, [held[0], NO_ADAPTER, held[1]], [held[1]] * 3):
             with torch.inference_mode(), slots.rows(chosen):
-                assert torch.allclose(compiled(x), module(x), atol=1e-6)
+                assert torch.allclose(compiled(x), slots.module(x), atol=1e-6)
     assert counter.frame_count == 2  # without any adapter, and with some
     assert buffers == [factor.data_ptr() for table in slots._tables.values() for factor in (table.down, table.up)]

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, delete, func, select, text, update
+from sqlalchemy import create_engine, delete, func, insert, select, text, update
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -25,6 +27,7 @@ from api.store import database as module
 from api.store import postgresql as postgresql_module
 from api.store.database import Database, migrate
 from api.store.tables import Audit, Queue, Request, Table, User, now
+from tests import rows
 from tests.databases import PostgreSQL
 from tests.e2e.server import CANARY, free_port
 
@@ -62,6 +65,27 @@ async def test_migrates_to_the_tables_of_the_code_and_again_to_the_same(empty_da
     async with database.reading() as session:
         assert (await session.scalars(select(Queue.virtual_time))).all() == [0]
     await database.close()
+
+
+async def test_pictures_of_before_the_lanes_were_drawn_by_the_stock_call(empty_database_url: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(module.MIGRATIONS))
+    config.attributes["url"] = empty_database_url
+    command.upgrade(config, "0002")
+    database = Database(empty_database_url)
+    statuses = ("queued", "running", "succeeded", "failed", "cancelled")
+    async with database.transaction() as session:
+        session.add(rows.user("ada"))
+        await session.flush()
+        for status in statuses:
+            written = {**vars(rows.request("ada", id=status, status=status))}
+            written.pop("_sa_instance_state")
+            await session.execute(insert(Request.__table__).values(written))  # without the columns that are to come
+    migrate(empty_database_url)
+    async with database.reading() as session:
+        lanes = {job.id: job.lane for job in await session.scalars(select(Request))}
+    await database.close()
+    assert lanes == dict.fromkeys(statuses) | {"succeeded": "stock"}
 
 
 @pytest.fixture
