@@ -116,7 +116,7 @@ def source(base: Path | str, **fields: Any) -> ModelSource:
 
 def settings(users: Mapping[str, ModelSource] | None = None, **fields: Any) -> Settings:
     """Settings that nothing outside the test reaches."""
-    given: dict[str, Any] = {"_env_file": None, "host_cache_gb": 1.0, "use_gpu": False, **fields}
+    given = {"_env_file": None, "host_cache_gb": 1.0, "use_gpu": False, "dtype": "float32", **fields}
     return Settings(user_models=dict(users or {}), **given)
 
 

@@ -19,7 +19,7 @@ from api.engine.weights import TensorPool
 from api.errors import ModelUnavailable
 from tests import builders
 
-CPU = Placement("cpu", torch.float32)
+CPU = Placement("cpu", torch.float32, torch.float32)
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT, TEXT_BIAS = "text_encoder/model.safetensors", "final_layer_norm.bias"
 
@@ -63,8 +63,10 @@ def test_a_folder_becomes_a_pipeline_ready_to_draw(base_folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_take_the_precision_asked_for(base_folder: Path, dtype: torch.dtype) -> None:
-    pipeline = load_folder(base_folder, Placement("cpu", dtype))
-    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {dtype}
+    pipeline = load_folder(base_folder, Placement("cpu", dtype, torch.float32))
+    modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    precisions = [{parameter.dtype for parameter in module.parameters()} for module in modules]
+    assert precisions == [{dtype}, {dtype}, {torch.float32}]
 
 
 def test_two_models_share_what_is_equal(base_folder: Path, tmp_path: Path) -> None:
@@ -231,6 +233,20 @@ def test_a_single_file_of_something_else_is_refused(base_folder: Path, tmp_path:
         load(builders.source(file, config=str(base_folder)), file)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_without_a_gpu_models_live_on_the_cpu(dtype: str, expected: torch.dtype) -> None:
-    assert choose_placement(builders.settings(use_gpu=False, dtype=dtype)) == Placement("cpu", expected)
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplies", "unet", "vae"),
+    [
+        ("auto", False, F32, F32),
+        ("auto", True, BF16, F32),
+        ("float32", True, F32, F32),
+        ("bfloat16", False, BF16, BF16),
+    ],
+)
+def test_without_a_gpu_models_live_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, multiplies: bool, unet: torch.dtype, vae: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies})
+    assert choose_placement(builders.settings(use_gpu=False, dtype=dtype)) == Placement("cpu", unet, vae)
