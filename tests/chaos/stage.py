@@ -56,7 +56,9 @@ class Stage:
         self._zygote = zygote
         self._folder = folder
         self._pids: list[int] = []
-        self.settings: Settings = builders.settings({}, data_dir=folder / "data", output_dir=self.output)
+        self.settings: Settings = builders.settings(
+            {}, data_dir=folder / "data", output_dir=self.output, limit_queued=0
+        )
         self.database = Database(url)
         self.desk = Desk(self.settings, self.database, load_vault(self.settings), Wake())
 

@@ -188,7 +188,10 @@ def test_nothing_that_follows_from_an_answer_breaks_the_server(closed_api: Any, 
             knocker.look(case, response, ["use_after_free"], recorder=self.recorder)
 
     knocker.answered.clear()
-    Following.run(settings=settings(given_examples(10), stateful_step_count=20))
+    # Few at a time: what may follow depends on what the server has by then, which hypothesis notices where it tries
+    # the beginning of an earlier example again, as it does with many.
+    for _ in range(SCALE):
+        Following.run(settings=settings(given_examples(10), max_examples=10, stateful_step_count=20))
     found = {label for label, status in knocker.answered if "{" in label and status < 300}
     assert {"GET /jobs/{job_id}", "GET /images/{image_id}"} <= found, knocker.answered
     assert knocker.is_let_in()
