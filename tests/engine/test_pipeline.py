@@ -82,7 +82,7 @@ def adapter(easel: Easel, tmp_path: Path) -> AdapterOfRank:
     def make(rank: int = 2, seed: int = 5) -> Adapter:
         unet = builders.factors(easel.pipeline.unet, builders.UNET_LAYERS, rank, seed)
         text = builders.factors(easel.pipeline.text_encoder, builders.TEXT_LAYERS, rank, seed)
-        file = builders.diffusers_lora(tmp_path / "lora.safetensors", unet, text)
+        file = builders.diffusers_lora(tmp_path / f"{rank} {seed}.safetensors", unet, text)
         return load_adapter(file, easel.pipeline, 2.0 / rank)
 
     return make
