@@ -146,7 +146,7 @@ def merged(module: Module, adapter: Adapter, component: str) -> Module:
     copy = shell(module)
     for delta in adapter.deltas:
         if delta.component == component:
-            layer = copy.get_submodule(delta.layer)
+            layer: Any = copy.get_submodule(delta.layer)
             # Not `layer.weight = …`: while another thread loads a model, accelerate has that put weights on "meta".
             layer._parameters["weight"] = nn.Parameter(delta.merged(layer.weight), requires_grad=False)
     return copy
