@@ -3,7 +3,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -414,7 +414,7 @@ def test_closing_ends_the_drawing_and_refuses_what_waits(open_service: Open, mon
     with ThreadPoolExecutor(5) as pool:
         drawing = pool.submit(service.generate, builders.request(user_id="ada", num_inference_steps=150), held)
         assert held.drawing.wait(WAIT)
-        waiting = [pool.submit(draw, service, "bo")]  # in the step loop
+        waiting: list[Future[Any]] = [pool.submit(draw, service, "bo")]  # in the step loop
         until(lambda: tasks(service) == 2)
         waiting += [pool.submit(draw, service, user) for user in ("chi", "ada")]  # for the other base, and behind it
         until(lambda: len(service._turns._waiting) == 2)
@@ -450,9 +450,14 @@ def test_a_user_who_is_forgotten_takes_along_what_nobody_else_draws_with(service
     assert len(cached(service)) == 2
 
 
+def forget_all(service: ModelService) -> None:
+    for user in ("ada", "bo"):
+        service.forget(user)
+
+
 Forget = Callable[[ModelService], Any]
 FORGETS: dict[str, Forget] = {
-    "forget": lambda service: [service.forget(user) for user in ("ada", "bo")],
+    "forget": forget_all,
     "clear_cache": ModelService.clear_cache,
 }
 
