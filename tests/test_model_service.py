@@ -1,10 +1,13 @@
 import io
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,6 +19,7 @@ from api.model_service import ModelService
 from tests import builders
 
 WAIT = 60  # seconds until a lost thread fails the test
+ROUNDING = 2  # levels of 255: how many rows a batch has changes the last digits of latents
 Open = Callable[..., ModelService]
 
 
@@ -23,10 +27,11 @@ Open = Callable[..., ModelService]
 def sources(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     """A base for all, two adapters over it, and another base."""
     folder = tmp_path_factory.mktemp("sitters")
-    unet = builders.pipeline().unet
+    pipeline = builders.pipeline()
     for seed, name in enumerate(("ada", "bo")):
-        factors = builders.factors(unet, builders.UNET_LAYERS, seed=seed)
-        builders.diffusers_lora(folder / f"{name}.safetensors", factors, {})
+        factors = builders.factors(pipeline.unet, builders.UNET_LAYERS, seed=seed)
+        text = builders.factors(pipeline.text_encoder, builders.TEXT_LAYERS, seed=seed)
+        builders.diffusers_lora(folder / f"{name}.safetensors", factors, text)
     return {
         "default": builders.source(base_folder),
         "ada": builders.source(base_folder, lora=str(folder / "ada.safetensors")),
@@ -57,6 +62,25 @@ def draw(service: ModelService, user: str, **fields: Any) -> bytes:
     return service.generate(builders.request(user_id=user, **fields)).pngs[0]
 
 
+def difference(one: bytes, other: bytes) -> int:
+    """The largest difference between two PNGs' values, 0 to 255."""
+    pictures = [np.asarray(Image.open(io.BytesIO(png)), int) for png in (one, other)]
+    return int(np.abs(pictures[0] - pictures[1]).max())
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Returns once it is so: only the service knows what waits in it."""
+    deadline = time.monotonic() + WAIT
+    while not what():
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def tasks(service: ModelService) -> int:
+    """How many drawings the step loop has in hand."""
+    return len(service.engine._batch._tasks)
+
+
 def cached(service: ModelService) -> set[str]:
     return {str(info.key) for info in service.cache.info()}
 
@@ -74,6 +98,9 @@ def test_a_generation_says_how_it_was_made(service: ModelService, sources: dict[
     assert generation.timings.denoise > 0
     assert generation.timings.decode > 0
     assert generation.timings.load > 0
+    assert generation.lane == "batch"
+    assert generation.timings.denoise + generation.timings.decode >= generation.device_seconds
+    assert generation.device_seconds > generation.timings.decode
 
 
 def test_a_seed_is_chosen_and_told(service: ModelService) -> None:
@@ -86,6 +113,7 @@ def test_a_user_without_a_model_gets_the_default(service: ModelService, sources:
     generation = service.generate(builders.request(user_id="nobody"))
     assert generation.model_id == sources["default"].base
     assert generation.pngs[0] == draw(service, "default")
+    assert generation.lane == "exact"
 
 
 def test_every_user_gets_another_picture(service: ModelService) -> None:
@@ -130,27 +158,60 @@ def test_many_requests_at_once_load_each_model_once(service: ModelService, monke
         return draw(service, ("ada", "bo", "chi")[index % 3])
 
     with ThreadPoolExecutor(12) as pool:
-        assert len(set(pool.map(work, range(12)))) == 3
+        drawn = list(pool.map(work, range(12)))
+    for index, png in enumerate(drawn):
+        assert [difference(png, other) <= ROUNDING for other in drawn[:3]] == [index % 3 == each for each in range(3)]
     assert sorted(loads) == ["ada.safetensors", "base", "bo.safetensors", "chi"]
 
 
-def test_users_of_one_base_never_mix(service: ModelService, open_service: Open) -> None:
+@pytest.mark.parametrize(("reproducible", "rounding"), [(False, ROUNDING), (True, 0)])
+def test_users_of_one_base_never_mix(
+    service: ModelService, open_service: Open, reproducible: bool, rounding: int
+) -> None:
     jobs = [
         (user, {"seed": seed, "scheduler": scheduler, "num_inference_steps": steps})
         for seed, (scheduler, steps) in enumerate([(None, 2), ("euler_a", 3), ("unipc", 4), ("dpmpp_2m", 2)])
-        for user in ("ada", "bo")
+        for user in ("default", "ada", "bo")
     ] * 2
     start = threading.Barrier(8)
 
     def work(thread: int) -> list[bytes]:
         start.wait(WAIT)
-        return [draw(service, user, **fields) for user, fields in jobs[thread::8]]
+        return [draw(service, user, **fields, reproducible=reproducible) for user, fields in jobs[thread::8]]
 
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(work, range(8)))
     alone = open_service()
     for thread, pictures in enumerate(together):
-        assert pictures == [draw(alone, user, **fields) for user, fields in jobs[thread::8]]
+        twins = [draw(alone, user, **fields, reproducible=reproducible) for user, fields in jobs[thread::8]]
+        assert max(map(difference, pictures, twins)) <= rounding
+
+
+def test_requests_of_several_threads_share_steps(service: ModelService) -> None:
+    expected = {user: draw(service, user, num_inference_steps=4) for user in ("default", "ada", "bo")}
+    rows: list[int] = []
+
+    def together(step: Step) -> None:
+        if step.done == 1:
+            until(lambda: tasks(service) == 3)
+
+    with service.lease(service._settings.user_models["default"]) as model:
+        unet = model.base.unet.module
+    handle = unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(service.generate, builders.request(user_id="ada", num_inference_steps=4), together)
+        others = [pool.submit(draw, service, user, num_inference_steps=4) for user in ("default", "bo")]
+        drawn = dict(
+            zip(
+                ("default", "bo", "ada"), [*(other.result(WAIT) for other in others), *first.result().pngs], strict=True
+            )
+        )
+    handle.remove()
+    assert max(rows) == 6
+    assert sum(rows) == 3 * 2 * 4
+    assert {user: difference(drawn[user], expected[user]) <= ROUNDING for user in expected} == dict.fromkeys(
+        expected, True
+    )
 
 
 def test_switching_models_under_a_small_budget_draws_the_same(open_service: Open, service: ModelService) -> None:
@@ -310,7 +371,8 @@ def test_a_model_cleared_while_it_draws_finishes_its_picture(service: ModelServi
         freed, deferred = service.clear_cache()
         assert (freed, cached(service)) == (0, set())
         held.go_on.set()
-        assert drawing.result(WAIT).pngs == [expected]
+        [png] = drawing.result(WAIT).pngs
+    assert difference(png, expected) <= ROUNDING
     assert deferred > 0
     assert service.cache.used() == 0
 
@@ -344,32 +406,24 @@ def test_a_wrong_size_is_told_before_the_model_loads(service: ModelService) -> N
     assert cached(service) == set()
 
 
-def test_closing_ends_the_drawing_and_refuses_what_waits(
-    service: ModelService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_ends_the_drawing_and_refuses_what_waits(open_service: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.model_service.BASES_IN_USE", 1)
+    service = open_service()
     draw(service, "ada")
-    submitted = threading.Semaphore(0)
-    submit = service._drawing.submit
-
-    def counted(*args: Any) -> Any:
-        future = submit(*args)
-        submitted.release()
-        return future
-
-    monkeypatch.setattr(service._drawing, "submit", counted)
     held = Held()
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
         drawing = pool.submit(service.generate, builders.request(user_id="ada", num_inference_steps=150), held)
         assert held.drawing.wait(WAIT)
-        waiting = [pool.submit(service.generate, builders.request(user_id="bo")) for _ in range(2)]
-        for _ in range(2):  # the one that draws and the next; the third waits for its turn
-            assert submitted.acquire(timeout=WAIT)
+        waiting: list[Future[Any]] = [pool.submit(draw, service, "bo")]  # in the step loop
+        until(lambda: tasks(service) == 2)
+        waiting += [pool.submit(draw, service, user) for user in ("chi", "ada")]  # for the other base, and behind it
+        until(lambda: len(service._turns._waiting) == 2)
         closing = pool.submit(service.close)
         assert service._stopping.wait(WAIT)
         held.go_on.set()
         errors = [future.exception(WAIT) for future in (drawing, *waiting)]
         closing.result(WAIT)
-    assert [type(error) for error in errors] == [ShuttingDown] * 3
+    assert [type(error) for error in errors] == [ShuttingDown] * 4
     assert held.steps == 1
     assert users(service) == 0
     with pytest.raises(ShuttingDown):
@@ -394,3 +448,62 @@ def test_a_user_who_is_forgotten_takes_along_what_nobody_else_draws_with(service
     service.forget("nobody")
     assert {key for key in cached(service) if "bo" in key}
     assert len(cached(service)) == 2
+
+
+def forget_all(service: ModelService) -> None:
+    for user in ("ada", "bo"):
+        service.forget(user)
+
+
+Forget = Callable[[ModelService], Any]
+FORGETS: dict[str, Forget] = {
+    "forget": forget_all,
+    "clear_cache": ModelService.clear_cache,
+}
+
+
+@pytest.mark.parametrize("forget", FORGETS.values(), ids=FORGETS)
+def test_what_is_forgotten_leaves_no_copy_in_its_base(
+    service: ModelService, sources: dict[str, ModelSource], forget: Forget
+) -> None:
+    with service.lease(sources["default"]) as model:
+        for user in ("ada", "bo", "default"):
+            draw(service, user)
+        base = model.base
+        keys = base.unet.warm()
+        assert len(keys) == len(base.texts._slots.warm()) == 2
+        assert {key for key, _ in base.texts._known} == {*keys, None}
+        forget(service)
+        assert base.unet.warm() == base.texts._slots.warm() == []
+        assert {key for key, _ in base.texts._known} == {None}
+        for slots in (base.unet, base.texts._slots):
+            assert not any(factor.any() for table in slots._tables.values() for factor in (table.down, table.up))
+
+
+def test_who_is_forgotten_while_they_draw_leaves_no_copy_afterwards(
+    service: ModelService, sources: dict[str, ModelSource]
+) -> None:
+    expected = draw(service, "ada", num_inference_steps=3)
+    held = Held()
+    with service.lease(sources["default"]) as model, ThreadPoolExecutor(1) as pool:
+        request = builders.request(user_id="ada", num_inference_steps=3)
+        drawing = pool.submit(service.generate, request, held)
+        assert held.drawing.wait(WAIT)
+        service.forget("ada")
+        assert len(model.base.unet.warm()) == 1
+        held.go_on.set()
+        assert drawing.result(WAIT).pngs == [expected]
+        assert model.base.unet.warm() == model.base.texts._slots.warm() == []
+
+
+@pytest.mark.xfail(reason="an adapter that outlives the base it was loaded for is dropped from none other", strict=True)
+def test_who_is_forgotten_leaves_no_copy_in_a_base_that_was_loaded_again(
+    service: ModelService, sources: dict[str, ModelSource]
+) -> None:
+    draw(service, "ada")
+    service.cache.drop(sources["default"])  # as a full cache does, which takes the base before the adapter over it
+    draw(service, "ada")
+    with service.lease(sources["default"]) as model:
+        assert len(model.base.unet.warm()) == 1
+        service.forget("ada")
+        assert model.base.unet.warm() == model.base.texts._slots.warm() == []

@@ -294,6 +294,72 @@ def test_a_lease_lets_go_of_the_value_when_it_ends(three: ModelCache[str], loade
     assert not hasattr(lease, "value")
 
 
+class Noting:
+    """Loads models of one byte, and notes each that is told that it leaves."""
+
+    def __init__(self, cache: ModelCache[str]) -> None:
+        self._cache = cache
+        self.dropped: list[str] = []
+
+    def lease(self, key: str) -> Lease[str]:
+        return self._cache.lease(key, lambda reserve: self._load(key, reserve))
+
+    def use(self, *keys: str) -> None:
+        for key in keys:
+            self.lease(key).release()
+
+    def _load(self, key: str, reserve: Reserve) -> Loaded[str]:
+        reserve({DEVICE: 1})
+        return Loaded(key, {object(): (DEVICE, 1)}, lambda: self.dropped.append(key))
+
+
+Drop = Callable[[ModelCache[str]], Any]
+DROPS: dict[str, Drop] = {
+    "evicted": ModelCache.evict_idle,
+    "cleared": ModelCache.clear,
+    "dropped": lambda cache: cache.drop("a"),
+    "pushed out": lambda cache: Noting(cache).use("x", "y", "z"),
+}
+
+
+@pytest.mark.parametrize("drop", DROPS.values(), ids=DROPS)
+def test_what_is_idle_is_told_once_that_it_leaves(three: ModelCache[str], drop: Drop) -> None:
+    noting = Noting(three)
+    noting.use("a", "a")
+    assert noting.dropped == []
+    drop(three)
+    assert noting.dropped == ["a"]
+    drop(three)
+    assert noting.dropped == ["a"]
+    noting.use("a")
+    three.clear()
+    assert noting.dropped == ["a", "a"], "it was loaded again"
+
+
+@pytest.mark.parametrize("drop", [DROPS["cleared"], DROPS["dropped"]], ids=["cleared", "dropped"])
+def test_what_is_used_is_told_at_its_last_release(three: ModelCache[str], drop: Drop) -> None:
+    noting = Noting(three)
+    first, second = noting.lease("a"), noting.lease("a")
+    drop(three)
+    again = noting.lease("a")
+    first.release()
+    first.release()
+    assert noting.dropped == []
+    second.release()
+    assert noting.dropped == ["a"]
+    again.release()
+    assert noting.dropped == ["a"], "the one that came after is kept"
+
+
+def test_what_never_loaded_is_not_told() -> None:
+    cache: ModelCache[str] = ModelCache({DEVICE: 0})
+    noting = Noting(cache)
+    with pytest.raises(ModelUnavailable):
+        noting.lease("a")
+    cache.clear()
+    assert noting.dropped == []
+
+
 @pytest.mark.parametrize("drop", [ModelCache.evict_idle, ModelCache.clear])
 @pytest.mark.parametrize("attempt", range(10))
 def test_evicting_while_leasing_never_frees_what_is_used(drop: Callable[[ModelCache[str]], Any], attempt: int) -> None:

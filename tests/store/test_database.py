@@ -80,7 +80,7 @@ async def test_pictures_of_before_the_lanes_were_drawn_by_the_stock_call(empty_d
         for status in statuses:
             written = {**vars(rows.request("ada", id=status, status=status))}
             written.pop("_sa_instance_state")
-            await session.execute(insert(Request.__table__).values(written))  # without the columns that are to come
+            await session.execute(insert(Request).values(written))  # without the columns that are to come
     migrate(empty_database_url)
     async with database.reading() as session:
         lanes = {job.id: job.lane for job in await session.scalars(select(Request))}
