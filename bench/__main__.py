@@ -6,13 +6,14 @@ import sys
 import structlog
 
 from api.config import ROOT
-from bench import attention, drawing, jobs, loading, model, start
+from bench import attention, drawing, engine, jobs, loading, model, start
 from bench.figures import Figure, page
 
 BENCHES = {
     "start": ("Starting", start.figures),
     "loading": ("Loading models", loading.figures),
     "drawing": ("Drawing", drawing.figures),
+    "engine": ("Many users' models over one base", engine.figures),
     "jobs": ("Jobs", jobs.figures),
     "model": ("The bundled model", model.figures),
     "attention": ("Attention on a CPU", attention.figures),
