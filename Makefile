@@ -22,10 +22,10 @@ PIP   := python -m pip --disable-pip-version-check
 TORCH  = $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test chaos fuzz lint bench demo-model lock clean
+.PHONY: help setup run test chaos fuzz lint bench bench-engine demo-model lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/setup.stamp ## create .venv and install what the service needs
 
@@ -48,6 +48,9 @@ lint: $(VENV)/dev.stamp ## check style and types
 
 bench: $(VENV)/setup.stamp ## measure; writes docs/benchmarks.md
 	$(BIN)/python -m bench $(ARGS)
+
+bench-engine: $(VENV)/setup.stamp ## compare with other ways of serving many users' models; six minutes
+	$(BIN)/python -m bench engine $(ARGS)
 
 demo-model: $(VENV)/training.stamp ## make models/demo anew (hours on a CPU)
 	$(BIN)/python -m training.make $(ARGS)

@@ -6,13 +6,14 @@ import sys
 import structlog
 
 from api.config import ROOT
-from bench import attention, drawing, jobs, loading, model, sd15, start
+from bench import attention, drawing, engine, jobs, loading, model, sd15, start
 from bench.figures import Figure, page
 
 BENCHES = {
     "start": ("Starting", start.figures),
     "loading": ("Loading models", loading.figures),
     "drawing": ("Drawing", drawing.figures),
+    "engine": ("Many users' models over one base", engine.figures),
     "jobs": ("Jobs", jobs.figures),
     "model": ("The bundled model", model.figures),
     "sd15": ("Stable Diffusion 1.5 on a CPU", sd15.figures),

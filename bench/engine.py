@@ -1,0 +1,174 @@
+"""Serving many users' LoRAs over one base: the service against what diffusers and peft offer, interleaved in one run.
+
+The arms are in `bench.arms`, the requests in `bench.workload`. All have the same weights, sampler, guidance, precision,
+threads and bytes for users' models; and every picture of a burst, timed or not, is compared with arm A's.
+"""
+
+import io
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import combinations, islice
+from pathlib import Path
+
+import numpy
+from PIL import Image
+
+from api.config import ROOT
+from api.schemas import GenerateRequest
+from bench import switching
+from bench.arms import ARMS, OURS, REFERENCE, RIVALS, Arm
+from bench.figures import Figure, at_least, at_most
+from bench.loras import write_loras
+from bench.ways import Given, bytes_of, load_base
+from bench.workload import STEPS, USERS, Run, burst, open_loop, stream
+
+SCALE = 1  # more rounds for steadier figures; 1 takes about six minutes on two cores
+DEMO = ROOT / "models" / "demo"
+RATES = (0.6, 0.9)  # of what the fastest arm can do
+HISTORY = 5000  # requests that came before, and left their users' models in the cache
+TOLERANCE = 0.5  # mean difference of two drawings of one picture, of 255 levels
+APART = 10  # tolerances that the pictures of two users must differ for the comparison to mean anything
+SEED = 22  # few requests, and a fifth of them by users whom arm A has no room for: as in the long run
+
+Requests = Sequence[GenerateRequest]
+Arms = Mapping[str, Arm]
+Runs = Mapping[str, Sequence[Run]]  # by arm: a run a round
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: rounds, and the requests that a burst and an open loop have in each."""
+
+    rounds: int = 2 * SCALE
+    burst: int = 10
+    open_loop: int = 8
+
+
+def figures(size: Size | None = None) -> Iterator[Figure]:
+    """Yields images a second and latencies of each arm, what the service gains, and what a switch of users costs.
+
+    Raises:
+        AssertionError: an arm draws another picture than A does.
+    """
+    size = size or Size()
+    requests = stream(SEED)
+    past = [request.user_id for request in islice(requests, HISTORY)]
+    late = list(dict.fromkeys(reversed(past)))[len(USERS) // 4 - 1 :: -1]  # a quarter of all users, the last one last
+    bursts = [list(islice(requests, size.burst)) for _ in range(size.rounds)]
+    rising = [[list(islice(requests, size.open_loop)) for _ in range(size.rounds)] for _ in RATES]
+    soon, later = _users(bursts), _users(bursts + [round_ for rounds in rising for round_ in rounds])
+    base = load_base(DEMO)
+    # In bytes of arm A's models, by far the largest: where it holds everybody so do all, and where it holds a quarter
+    # the others hold everybody still. That is their merit, and it is not taken from them here.
+    everybody = len(USERS) * bytes_of(base.unet)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        loras = write_loras(Path(folder) / "alike", base.unet, USERS, (16,), SEED)
+        mixed = write_loras(Path(folder) / "mixed", base.unet, USERS, (4, 8, 16, 32, 64), SEED)
+        roomy = Given(base, DEMO, loras, everybody, highest_rank=16)
+        yield from switching.figures(roomy)
+        with _arms(roomy, soon, soon) as arms:
+            runs = _in_bursts(arms, bursts)
+            yield from _speeds("every user in cache", runs)
+            yield at_least("mixed_users_speedup_in_cache", _speedup(runs), "ratio", 1.5)
+        with _arms(Given(base, DEMO, mixed, everybody, highest_rank=64), soon, soon) as arms:
+            yield from _speeds("the same, ranks 4 to 64", _in_bursts(arms, bursts[: (size.rounds + 1) // 2]))
+        with _arms(Given(base, DEMO, loras, everybody // 4, highest_rank=16), late, later) as arms:
+            runs = _in_bursts(arms, bursts)
+            yield from _speeds("room for a quarter of A's models", runs)
+            yield at_least("mixed_users_speedup_past_cache", _speedup(runs), "ratio", 2)
+            yield from _in_open_loops(arms, max(map(_images_per_second, runs.values())), rising)
+
+
+def _users(rounds: Sequence[Requests]) -> list[str]:
+    return sorted({request.user_id for requests in rounds for request in requests})
+
+
+@contextmanager
+def _arms(given: Given, held_by_a: Sequence[str], held: Sequence[str]) -> Iterator[Arms]:
+    """Every arm, with models in its cache, once each draws the right pictures.
+
+    Args:
+        given: what the arms are made of.
+        held_by_a: users whose models fill arm A.
+        held: users whose LoRAs the other arms have; there is room for all, and those who do not come do not matter.
+    """
+    with ExitStack() as closing:
+        arms = {name: make(given) for name, make in ARMS.items()}
+        closing.callback(arms.clear)  # the next arms need the memory
+        for name, arm in arms.items():
+            closing.callback(arm.close)
+            arm.hold(held_by_a if name == REFERENCE else held)
+        _check_users_apart(arms, held_by_a[-3:])
+        yield arms
+
+
+def _check_users_apart(arms: Arms, users: Sequence[str]) -> None:
+    """Raises AssertionError unless every arm draws one prompt and seed as A does for each user, and A not alike."""
+    prompt, steps = "photo of sks person as a wizard in a forest", STEPS[0]
+    requests = [GenerateRequest(prompt=prompt, user_id=user, num_inference_steps=steps, seed=SEED) for user in users]
+    runs = {name: burst(arm, requests) for name, arm in arms.items()}
+    _check_pictures(runs)
+    for one, other in combinations(runs[REFERENCE].pngs, 2):
+        assert _difference(one, other) > APART * TOLERANCE, "the LoRAs are too weak to tell users apart"
+
+
+def _check_pictures(runs: Mapping[str, Run]) -> None:
+    for name, run in runs.items():
+        for number, (expected, drawn) in enumerate(zip(runs[REFERENCE].pngs, run.pngs, strict=True)):
+            off = _difference(expected, drawn)
+            assert off <= TOLERANCE, f"{name}: picture {number} is {off:.2f} levels off that of {REFERENCE}"
+
+
+def _difference(one: bytes, other: bytes) -> float:
+    """Returns the mean difference of two PNGs in levels of 255."""
+    first, second = (numpy.asarray(Image.open(io.BytesIO(png)), numpy.float32) for png in (one, other))
+    return float(numpy.abs(first - second).mean())
+
+
+def _in_bursts(arms: Arms, bursts: Sequence[Requests]) -> Runs:
+    """Runs each burst through every arm, every second one through the last arm first."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    for number, requests in enumerate(bursts):
+        for name in _order(arms, number):
+            runs[name].append(burst(arms[name], requests))
+        _check_pictures({name: runs[name][-1] for name in arms})
+    return runs
+
+
+def _in_open_loops(arms: Arms, capacity: float, rising: Sequence[Sequence[Requests]]) -> Iterator[Figure]:
+    ratios = []
+    for share, rounds in zip(RATES, rising, strict=True):
+        latencies: dict[str, list[float]] = {name: [] for name in arms}
+        for number, requests in enumerate(rounds):
+            for name in _order(arms, number):
+                latencies[name] += open_loop(arms[name], requests, share * capacity, SEED + number).latencies
+        late = {name: statistics.quantiles(all_, n=20, method="inclusive")[18] for name, all_ in latencies.items()}
+        for name, all_ in latencies.items():
+            rate = f"{share * capacity:.2g} requests a second"
+            yield Figure(f"{name}: p50 at {rate} ({share:g} of the fastest arm's most)", statistics.median(all_), "s")
+            yield Figure(f"{name}: p95 at {rate} ({share:g} of the fastest arm's most)", late[name], "s")
+        ratios.append(late[OURS] / min(late[name] for name in RIVALS))
+    yield at_most("mixed_users_p95_ratio", max(ratios), "ratio", 0.5)
+
+
+def _order(arms: Arms, number: int) -> list[str]:
+    return list(arms)[:: -1 if number % 2 else 1]
+
+
+def _speeds(condition: str, runs: Runs) -> Iterator[Figure]:
+    for name, rounds in runs.items():
+        yield Figure(f"{name}: images a second, {condition}", _images_per_second(rounds), "1/s")
+
+
+def _speedup(runs: Runs) -> float:
+    """Returns the median over rounds of the service's images a second over those of the best rival."""
+    best = max(RIVALS, key=lambda name: _images_per_second(runs[name]))
+    rounds = zip(runs[OURS], runs[best], strict=True)
+    return statistics.median(ours.images_per_second / theirs.images_per_second for ours, theirs in rounds)
+
+
+def _images_per_second(rounds: Sequence[Run]) -> float:
+    return sum(len(run.pngs) for run in rounds) / sum(run.seconds for run in rounds)
