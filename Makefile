@@ -49,7 +49,7 @@ lint: $(VENV)/dev.stamp ## check style and types
 bench: $(VENV)/setup.stamp ## measure; writes docs/benchmarks.md
 	$(BIN)/python -m bench $(ARGS)
 
-bench-engine: $(VENV)/setup.stamp ## compare with other ways of serving many users' models; six minutes
+bench-engine: $(VENV)/setup.stamp ## compare with other ways of serving many users' models; a quarter of an hour
 	$(BIN)/python -m bench engine $(ARGS)
 
 demo-model: $(VENV)/training.stamp ## make models/demo anew (hours on a CPU)

@@ -1,6 +1,6 @@
 """The arms of the bench `engine`: ways of serving many users' LoRAs, all behind one small interface.
 
-A to F draw on one thread, as the service does, and make the PNGs on threads beside it, as the service does.
+A to F draw on one thread, as the service does, and make the PNGs on threads beside it, as the service does too.
 """
 
 import io
@@ -16,7 +16,7 @@ from PIL import Image
 
 from api.config import load_settings
 from api.engine.sources import count_values
-from api.model_service import ModelService
+from api.model_service import PNG_LEVEL, ModelService
 from api.schemas import GenerateRequest
 from bench import ways
 from bench.ways import DEVICE, Given, Way
@@ -134,11 +134,10 @@ def _settings(given: Given) -> dict[str, Any]:
 
 def _served(image: Image.Image) -> Served:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", compress_level=PNG_LEVEL)
     return Served(buffer.getvalue(), time.perf_counter())
 
 
-# One of ours without a feature is a line: `"G without …": lambda given: Sitter(given, setting=value)`.
 ARMS: Mapping[str, Callable[[Given], Arm]] = {
     "A own pipelines": lambda given: OneThread(ways.OwnPipelines(given)),
     "B load and unload": lambda given: OneThread(ways.LoadEach(given)),
@@ -146,6 +145,7 @@ ARMS: Mapping[str, Callable[[Given], Arm]] = {
     "D peft mixed batch": lambda given: OneThread(ways.MixedBatch(given)),
     "F same-user batch": lambda given: OneThread(ways.SameUser(given)),
     "G Sitter": Sitter,
+    "G without batches": lambda given: Sitter(given, batch_rows=2),
 }
 REFERENCE = "A own pipelines"  # whose pictures all others must draw
 RIVALS = ("A own pipelines", "B load and unload", "C hotswap", "D peft mixed batch")

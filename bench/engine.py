@@ -25,7 +25,7 @@ from bench.loras import write_loras
 from bench.ways import Given, bytes_of, load_base
 from bench.workload import STEPS, USERS, Run, burst, open_loop, stream
 
-SCALE = 1  # more rounds for steadier figures; 1 takes about six minutes on two cores
+SCALE = 1  # more rounds for steadier figures; 1 takes about a quarter of an hour on two cores
 DEMO = ROOT / "models" / "demo"
 RATES = (0.6, 0.9)  # of what the fastest arm can do
 HISTORY = 5000  # requests that came before, and left their users' models in the cache
@@ -43,8 +43,8 @@ class Size:
     """How much is measured: rounds, and the requests that a burst and an open loop have in each."""
 
     rounds: int = 2 * SCALE
-    burst: int = 10
-    open_loop: int = 8
+    burst: int = 8
+    open_loop: int = 6
 
 
 def figures(size: Size | None = None) -> Iterator[Figure]:

@@ -209,12 +209,15 @@ class MixedBatch(OneBase):
 
 
 def load_base(folder: Path) -> Any:
-    """Returns the pipeline of `folder` in float32 on the device."""
+    """Returns the pipeline of `folder` in float32 on the device, its convolutions as the service has them."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what D is about
-    return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    for module in (pipeline.unet, pipeline.vae):
+        module.to(memory_format=torch.channels_last)
+    return pipeline
 
 
 def bytes_of(module: nn.Module) -> int:
