@@ -416,8 +416,9 @@ def test_closing_ends_the_drawing_and_refuses_what_waits(open_service: Open, mon
         assert held.drawing.wait(WAIT)
         waiting: list[Future[Any]] = [pool.submit(draw, service, "bo")]  # in the step loop
         until(lambda: tasks(service) == 2)
-        waiting += [pool.submit(draw, service, user) for user in ("chi", "ada")]  # for the other base, and behind it
-        until(lambda: len(service._turns._waiting) == 2)
+        for number, user in enumerate(("chi", "ada"), start=1):  # for the other base, and behind that one
+            waiting.append(pool.submit(draw, service, user))
+            until(lambda number=number: len(service._turns._waiting) == number)
         closing = pool.submit(service.close)
         assert service._stopping.wait(WAIT)
         held.go_on.set()

@@ -282,14 +282,15 @@ async def test_a_worker_that_lost_its_lease_writes_nothing(
 async def test_stopping_puts_what_is_in_hand_back_and_another_draws_the_same(
     database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, pictures: PictureFolder
 ) -> None:
-    job_id = await submit(desk, num_inference_steps=LONG, seed=3, reproducible=True)
+    fields = {"num_inference_steps": LONG, "guidance_scale": 1.0, "seed": 3, "reproducible": True}
+    job_id = await submit(desk, **fields)
     worker = make_worker()
     async with drawing(worker):
         await until(database, wake, job_id, "running", step=1)
         await worker.stop(0)
         job = await until(database, wake, job_id, "queued")
         assert (job.crashes, job.token) == (0, None)
-    twin = await submit(desk, num_inference_steps=LONG, seed=3, reproducible=True)
+    twin = await submit(desk, **fields)
     async with drawing(make_worker()):
         for each in (job_id, twin):
             await until(database, wake, each, "succeeded")

@@ -4,13 +4,13 @@ import socket
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle, islice
+from itertools import combinations, cycle, islice
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests.e2e.pictures import difference, pixels_of, png_of
+from tests.e2e.pictures import ROUNDING, difference, open_png, png_of
 from tests.e2e.server import SMALL, Server
 
 Fields = dict[str, Any]
@@ -28,6 +28,10 @@ MIXED = [
 ]
 
 
+def is_as_large(one: bytes, other: bytes) -> bool:
+    return open_png(one).size == open_png(other).size
+
+
 def draw_at_once(server: Server, requests: Iterable[Fields]) -> list[Fields]:
     wanted = list(requests)
     with ThreadPoolExecutor(len(wanted)) as pool:
@@ -38,17 +42,22 @@ def in_background(pool: ThreadPoolExecutor, server: Server, **fields: Any) -> "F
     return pool.submit(lambda: server.drawn(**fields))
 
 
-def test_64_at_once_draw_what_each_draws_alone(sitters: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = list(islice(cycle(MIXED), 64))
+@pytest.mark.parametrize(("number", "reproducible", "rounding"), [(64, False, ROUNDING), (24, True, 0)])
+def test_many_at_once_draw_what_each_draws_alone(
+    sitters: Server, capsys: pytest.CaptureFixture[str], number: int, reproducible: bool, rounding: int
+) -> None:
+    how = {"reproducible": reproducible}
+    wanted = [{**fields, **how} for fields in islice(cycle(MIXED), number)]
     together = draw_at_once(sitters, wanted)
-    alone = [png_of(sitters.drawn(**fields)) for fields in MIXED]
+    alone = [png_of(sitters.drawn(**fields, **how)) for fields in MIXED]
     worst = max(difference(png_of(drawn), twin) for drawn, twin in zip(together, cycle(alone), strict=False))
     with capsys.disabled():
-        print(f"\n64 pictures at once: max pixel difference to their solo twins {worst}")
-    assert worst == 0
-    assert len(set(alone)) == len(MIXED)
-    assert len({drawn["image_path"] for drawn in together}) == 64
+        print(f"\n{number} pictures at once, {how}: max pixel difference to their solo twins {worst}")
+    assert worst <= rounding
+    assert all(difference(one, other) > ROUNDING for one, other in combinations(alone, 2) if is_as_large(one, other))
+    assert len({drawn["image_path"] for drawn in together}) == number
     assert [drawn["model_id"].rpartition("/")[2] for drawn in together[:4]] == ["ada", "bo", "chi", "demo"]
+    assert [drawn["lane"] for drawn in together[:4]] == ["exact" if reproducible else "batch"] * 3 + ["exact"]
 
 
 @pytest.mark.parametrize("user", ["ada", "chi"])
@@ -66,7 +75,7 @@ def test_the_cache_is_emptied_while_models_draw(server: Server) -> None:
     wanted = [
         {"user_id": user, "seed": seed, "num_inference_steps": 4} for seed in range(3) for user in ("a", "second")
     ]
-    alone = [pixels_of(server.drawn(**fields)) for fields in wanted]
+    alone = [png_of(server.drawn(**fields)) for fields in wanted]
     emptied = 0
     with ThreadPoolExecutor(len(wanted)) as pool:
         drawings = [in_background(pool, server, **fields) for fields in wanted]
@@ -74,26 +83,27 @@ def test_the_cache_is_emptied_while_models_draw(server: Server) -> None:
             server.clear_cache()
             emptied += 1
             time.sleep(0.02)
-    assert [pixels_of(drawing.result()) for drawing in drawings] == alone
+    for drawing, twin in zip(drawings, alone, strict=True):
+        assert difference(png_of(drawing.result()), twin) <= ROUNDING
     assert emptied > 1
     server.clear_cache()
     assert server.get("/cache")["used_bytes"] == {"cpu": 0}
 
 
 def test_clients_that_leave_disturb_nobody(server: Server) -> None:
-    alone = pixels_of(server.drawn(seed=7))
+    alone = png_of(server.drawn(seed=7))
     with ThreadPoolExecutor(16) as pool:
         leaving = [
             pool.submit(server.client.post, "/generate", json={**SMALL, "seed": 8}, timeout=0.05) for _ in range(8)
         ]
         staying = [in_background(pool, server, seed=7) for _ in range(8)]
-        assert [pixels_of(drawing.result()) for drawing in staying] == [alone] * 8
+        assert max(difference(png_of(drawing.result()), alone) for drawing in staying) <= ROUNDING
         for request in leaving:
             with pytest.raises(httpx2.TimeoutException):
                 request.result()
     for _ in range(20):
         socket.create_connection(("127.0.0.1", server.port)).close()
-    assert pixels_of(server.drawn(seed=7)) == alone
+    assert difference(png_of(server.drawn(seed=7)), alone) <= ROUNDING
 
 
 def test_health_and_cache_answer_while_it_draws(server: Server) -> None:

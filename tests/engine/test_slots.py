@@ -142,12 +142,13 @@ def test_any_mix_of_layers_ranks_and_slots_draws_as_each_alone(
     adapters = [adapter(base, layers, ranks, seed) for seed, (layers, ranks) in enumerate(shapes)]
     slots = Slots(base.unet, "unet", COUNT)
     users = [NO_ADAPTER, *(slots.acquire(each) for each in adapters)]
+    unets = [base.unet, *(builders.with_merged(base, each).unet for each in adapters)]
     for plan in (chosen, again):
         rows = inputs(len(plan))
         drawn = together(slots, [users[user] for user in plan], rows)
         for row, user in enumerate(plan):
             one = tuple(part[row : row + 1] for part in rows)
-            assert is_close(drawn[row : row + 1], solo(base, adapters[user - 1] if user else None, one))
+            assert is_close(drawn[row : row + 1], draw(unets[user], one))
 
 
 SIDES = st.tuples(st.integers(1, 3), st.integers(1, 3))
