@@ -117,19 +117,25 @@ class ModelService:
         """The models in memory, for reading; waits as `engine` does."""
         return self._started.result()[1]
 
-    def generate(self, request: GenerateRequest, on_step: "OnStep" = lambda step: None) -> Generation:
+    def generate(
+        self,
+        request: GenerateRequest,
+        on_step: "OnStep" = lambda step: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Generation:
         """Returns the pictures of `request`. Blocks until they are drawn: call it off the event loop.
 
         Args:
             request: what to draw, and for whom; a user without a model gets the default's.
-            on_step: called after each denoising step, on the drawing thread.
+            on_step: called after each denoising step, on the step loop's thread; whatever it raises ends the drawing.
+            check: called now and then while the request waits for its first step; whatever it raises ends that.
 
         Raises:
             SitterError: the model is unavailable, memory ran out, the picture is not one, or the server stops.
         """
         source = self._settings.source_for(request.user_id)
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
-        drawn = self._draw_with_model(source, request, seed, on_step)
+        drawn = self._draw_with_model(source, request, seed, on_step, check)
         began = time.perf_counter()
         pngs = [_encode(image) for image in drawn.drawing.images]
         timings = Timings(
@@ -168,8 +174,8 @@ class ModelService:
         return Memory(self.cache.count(), used, budgets, self.engine.slot_bytes())
 
     def check_device(self) -> None:
-        """Raises DeviceLost when nothing can be drawn any more; says nothing while the engine starts."""
-        if self._started.done():
+        """Raises DeviceLost when nothing can be drawn any more; says nothing of an engine that has not started."""
+        if self._started.done() and self._started.exception() is None:
             self.engine.check_device()
 
     @contextmanager
@@ -208,21 +214,34 @@ class ModelService:
         if not self._started.cancelled() and self._started.exception() is None:
             self.engine.close()
 
-    def _draw_with_model(self, source: ModelSource, request: GenerateRequest, seed: int, on_step: "OnStep") -> _Drawn:
+    def _draw_with_model(
+        self,
+        source: ModelSource,
+        request: GenerateRequest,
+        seed: int,
+        on_step: "OnStep",
+        check: Callable[[], None],
+    ) -> _Drawn:
         self._finder.find(source).check_size(request.width, request.height)
         asked = time.perf_counter()
+
+        def still_wanted() -> None:
+            self._raise_if_stopping()
+            check()
 
         def checked_step(step: "Step") -> None:
             self._raise_if_stopping()
             on_step(step)
 
         # A model is in use only from its turn on: however many requests wait, the byte budget holds.
-        with self._turns.turn(source.without_lora()):
+        with self._turns.turn(source.without_lora(), still_wanted):
+            still_wanted()
             turn = time.perf_counter()
             with self.lease(source) as model:
+                still_wanted()
                 leased = time.perf_counter()
                 drawing = self._retried_without_idle(
-                    lambda: self.engine.draw(model.base, model.adapter, request, seed, checked_step)
+                    lambda: self.engine.draw(model.base, model.adapter, request, seed, checked_step, still_wanted)
                 )
                 return _Drawn(drawing, model.cache_hit, load_seconds=leased - turn, queue_seconds=turn - asked)
 

@@ -86,8 +86,8 @@ class GenerateRequest(BaseModel):
     )
     reproducible: bool = Field(
         default=False,
-        description="Draw it in no batch with others, whose number changes the last digits: slower, and the same seed "
-        "draws the same picture to the last bit.",
+        description="Draw it in no batch with others, whose number changes the last digits: slower, and the same request "
+        "draws the same pictures to the last bit.",
         examples=[False],
     )
 
@@ -139,8 +139,8 @@ class GenerateResponse(BaseModel):
         description="Whether the model was in memory already, or on its way there.", examples=["hit"]
     )
     lane: Lane = Field(
-        description="`batch`: the model's LoRA beside those of other users; `exact`: weights of its own; "
-        "`stock`: diffusers' own call, for what neither can draw.",
+        description="`batch`: the model's LoRA in a step beside those of other users; `exact`: a whole checkpoint, or "
+        "a LoRA with the step to itself; `stock`: diffusers' own call, for what neither can draw.",
         examples=["batch"],
     )
     timings: Timings = Field(description="Seconds by phase.")
@@ -182,7 +182,8 @@ class CacheResponse(BaseModel):
         description="Memory models may use, by device.", examples=[{"cpu": 8_000_000_000}]
     )
     slot_bytes: int = Field(
-        description="Memory of the slots that hold LoRAs ready to draw, beside `used_bytes`; BATCH_ROWS bounds it.",
+        description="Memory of the slots that hold LoRAs ready to draw, beside `used_bytes`: BATCH_ROWS of them in "
+        "each base, as large as the highest rank there asks for.",
         examples=[12_000_000],
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,13 +45,15 @@ class Drawn:
     seconds: float
 
 
-async def draw(studio: Studio, job: Request, on_step: "OnStep", threads: CapacityLimiter) -> Drawn:
+async def draw(
+    studio: Studio, job: Request, on_step: "OnStep", check: Callable[[], None], threads: CapacityLimiter
+) -> Drawn:
     """Draws the pictures of `job`, on one of `threads`.
 
     Raises:
-        SitterError: nothing was drawn; or whatever `on_step` raised.
+        SitterError: nothing was drawn; or whatever `on_step` or `check` raised.
     """
-    return await anyio.to_thread.run_sync(_draw, studio, job, on_step, limiter=threads)
+    return await anyio.to_thread.run_sync(_draw, studio, job, on_step, check, limiter=threads)
 
 
 async def save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
@@ -62,11 +65,11 @@ async def save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
     return await anyio.to_thread.run_sync(_save, studio, job, drawn)
 
 
-def _draw(studio: Studio, job: Request, on_step: "OnStep") -> Drawn:
+def _draw(studio: Studio, job: Request, on_step: "OnStep", check: Callable[[], None]) -> Drawn:
     began = time.perf_counter()
     waited = max(0.0, (now() - job.created_at).total_seconds())
     request = request_of(job, studio.vault)
-    generation = studio.models.generate(request, on_step)
+    generation = studio.models.generate(request, on_step, check)
     return Drawn(request, generation, waited, time.perf_counter() - began)
 
 

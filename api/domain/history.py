@@ -98,7 +98,7 @@ class _Line:
     position: int | None  # 1 is next; None for a job that does not wait, or stands behind more than FARTHEST
     ahead: int | None  # the work of the jobs before it, those that run included; None behind more than FARTHEST
     pace: float | None  # seconds of the device for a unit of work, by the last jobs; None before the first
-    sharing: int = 1  # jobs that the device draws at once, this one among them
+    sharing: int = 1  # jobs that its worker draws at once, this one among them
 
 
 def _pace_now() -> FromClause:
@@ -125,13 +125,15 @@ def _line_before() -> Select[Any]:
 
 # Made once, and all of it in one statement: asked for each job that comes, and again and again for those who watch.
 LINE_BEFORE = _line_before()
-PACE = select(_pace_now(), select(func.count()).where(RUNNING).scalar_subquery())
+_OF_WORKER: BindParameter[str] = bindparam("worker")
+_DRAWN = select(func.count()).where(RUNNING, Request.worker == _OF_WORKER, Request.phase == "drawing")
+PACE = select(_pace_now(), _DRAWN.scalar_subquery())
 
 
 async def _line(session: AsyncSession, job: Request) -> _Line:
     if job.status == "running":
-        seconds, work, sharing = (await session.execute(PACE)).one()
-        return _Line(None, 0, _pace(seconds, work), sharing)
+        seconds, work, sharing = (await session.execute(PACE, {"worker": job.worker})).one()
+        return _Line(None, 0, _pace(seconds, work), max(1, sharing))
     place = {"priority": job.priority, "start_tag": job.start_tag, "id": job.id}
     seconds, work, count, before, begun = (await session.execute(LINE_BEFORE, place)).one()
     if count > FARTHEST:

@@ -67,7 +67,13 @@ def charge(priority: int, work: int) -> int:
 
 
 async def claim(
-    database: Database, worker: str, warm: Collection[str], warm_first_seconds: float, max_running: int, most: int
+    database: Database,
+    worker: str,
+    warm: Collection[str],
+    warm_first_seconds: float,
+    max_running: int,
+    most: int,
+    idle: bool = True,
 ) -> list[Claim]:
     """Takes the next jobs of the fair queue: fewer than `most` when there are no more that may run.
 
@@ -79,6 +85,8 @@ async def claim(
         warm_first_seconds: see `warm`.
         max_running: jobs that one user may have running at once, unless their own limits say otherwise; 0 is no limit.
         most: how many are wanted.
+        idle: whether the worker has nothing in hand: a job that a worker died of is drawn alone, as others that are
+            drawn with it would die, too, and it would take them along.
     """
     claims: list[Claim] = []
     async with database.transaction() as session:
@@ -91,9 +99,13 @@ async def claim(
             if found is None:
                 break
             job, limits = found
+            if job.crashes and (claims or not idle):
+                break
             if cap := limits.get("running", max_running):
                 places[job.user_id] = places.setdefault(job.user_id, cap) - 1
             claims.append(_begin(job, worker))
+            if job.crashes:
+                break
     return claims
 
 
@@ -324,20 +336,32 @@ class Watchman:
 
     async def _take_back(self, job_id: str, token: str, heartbeat: int) -> bool:
         async with self.database.transaction() as session:
-            lapsed = _owned(job_id, token).where(Request.heartbeat == heartbeat)
-            dead = lapsed.where(Request.crashes + 1 >= MAX_CRASHES, Request.cancel_requested.is_(False)).values(
-                status="failed",
-                crashes=Request.crashes + 1,
-                finished_at=now(),
-                **_ENDED,
-                **_reason(SitterError(f"its worker died {MAX_CRASHES} times while drawing it")),
-            )
-            webhook = (await session.execute(dead.returning(Request.webhook_url))).first()
-            if webhook is not None:
-                if webhook[0]:
-                    session.add(Delivery(request_id=job_id))
-                return True
-            return await _put_back(session, lapsed, crashes=Request.crashes + 1)
+            return await _after_crash(session, job_id, _owned(job_id, token).where(Request.heartbeat == heartbeat))
+
+
+async def crashed(database: Database, claim: Claim) -> bool:
+    """Puts a job back that has ended its worker, or lets it fail if it did so too often.
+
+    Returns False when it is no longer this claim's.
+    """
+    async with database.transaction() as session:
+        return await _after_crash(session, claim.job.id, _owned(claim.job.id, claim.token))
+
+
+async def _after_crash(session: AsyncSession, job_id: str, owned: Any) -> bool:
+    dead = owned.where(Request.crashes + 1 >= MAX_CRASHES, Request.cancel_requested.is_(False)).values(
+        status="failed",
+        crashes=Request.crashes + 1,
+        finished_at=now(),
+        **_ENDED,
+        **_reason(SitterError(f"its worker died {MAX_CRASHES} times while drawing it")),
+    )
+    webhook = (await session.execute(dead.returning(Request.webhook_url))).first()
+    if webhook is None:
+        return await _put_back(session, owned, crashes=Request.crashes + 1)
+    if webhook[0]:
+        session.add(Delivery(request_id=job_id))
+    return True
 
 
 # What every end of a claim forgets and counts.

@@ -160,7 +160,7 @@ class Desk:
 
     def _accept(self, book: _Book, order: Order) -> Request:
         said = (order.sensitive, order.tags, order.category, order.priority, order.webhook_url)
-        body = repr((order.request.model_dump_json(), *said)).encode()
+        body = repr((order.request.model_dump_json(exclude=_unsaid(order.request)), *said)).encode()
         if known := book.known.get(order.same):
             if not self._vault.matches(known.body_hash, body):
                 raise KeyReused("this Idempotency-Key was used for another request")
@@ -190,7 +190,8 @@ class Desk:
             description=keep(request.prompt),
             negative_prompt=request.negative_prompt and keep(request.negative_prompt),
             sensitive=sensitive,
-            parameters=request.model_dump(exclude={"prompt", "negative_prompt", "user_id"}) | {"seed": seed},
+            parameters=request.model_dump(exclude={"prompt", "negative_prompt", "user_id", *_unsaid(request)})
+            | {"seed": seed},
             tags=list(order.tags),
             category=order.category,
             model_id=self._settings.source_for(order.user_id).model_id,
@@ -245,6 +246,11 @@ async def _known(session: AsyncSession, orders: Sequence[Order]) -> dict[Same | 
     same = tuple_(Request.user_id, Request.idempotency_key)
     found = await session.scalars(select(Request).where(same.in_(sent)))
     return {(job.user_id, job.idempotency_key or ""): job for job in found}
+
+
+def _unsaid(request: GenerateRequest) -> set[str]:
+    """Returns fields that are younger than rows and digests in the database, where nothing is asked of them."""
+    return set() if request.reproducible else {"reproducible"}
 
 
 def work(request: GenerateRequest) -> int:

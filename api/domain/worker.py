@@ -155,7 +155,7 @@ class Worker:
     async def _claim_forever(self, slots: int) -> None:
         while not self.draining:
             async with self._claiming:
-                wanted = slots - len(self._running)
+                wanted = 0 if self._has_suspect() else slots - len(self._running)
                 claims = await self._claim(wanted) if wanted else []
                 for claim in claims:
                     # A task of its own: it outlives the end of this loop, see `stop`.
@@ -180,8 +180,13 @@ class Worker:
                 settings.warm_first_seconds,
                 settings.limit_running,
                 most,
+                idle=not self._running,
             )
         return []
+
+    def _has_suspect(self) -> bool:
+        """Whether it draws a job that a worker died of; others shall not die with it."""
+        return any(job.claim.job.crashes for job in self._in_hand.values())
 
     async def _draw(self, claim: Claim) -> None:
         job = self._in_hand[claim.token] = _InHand(claim, self._metrics.steps)
@@ -209,7 +214,7 @@ class Worker:
     async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]]:
         """Draws, and returns how the job is to be ended."""
         try:
-            drawn = await draw(self._studio, job.claim.job, job.on_step, self._threads)
+            drawn = await draw(self._studio, job.claim.job, job.on_step, job.raise_if_stopped, self._threads)
             job.raise_if_stopped()
             finished = await save(self._studio, job.claim.job, drawn)
         except Exception as error:
@@ -234,8 +239,11 @@ class Worker:
                 if ended:
                     self._metrics.job_ended("cancelled")
                 return ended
-            case ShuttingDown() | DeviceLost():
+            case ShuttingDown():
                 return await jobs.release(self._database, claim)
+            case DeviceLost():
+                self.drain()  # the process is about to end
+                return await jobs.crashed(self._database, claim)
             case StorageFull():
                 self._paused_until = time.monotonic() + FULL_DISK_SECONDS
                 return await jobs.release(self._database, claim, error)

@@ -1,5 +1,7 @@
 """A base in memory: the pipeline as it was loaded, and copies of its encoder and UNet that adapters ride on."""
 
+import math
+
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from api.engine.adapters import Adapter
@@ -35,6 +37,10 @@ class Base:
         if not isinstance(unet, UNet2DConditionModel):
             return False
         return all(unet.config.get(name) in values for name, values in ASKS_FOR.items())
+
+    def own_unet(self) -> Slots:
+        """Returns a copy of the UNet's tree for one adapter of any rank, which nobody else has been in."""
+        return Slots(self.pipeline.unet, "unet", count=1, highest_rank=math.inf)
 
     @property
     def slot_bytes(self) -> int:

@@ -4,17 +4,19 @@ One thread turns it, in three verbs. `_schedule` picks the tasks of a step and p
 `_run` calls the UNet once for all their rows, `_postprocess` tells those who wait. A task is one request: its pictures
 are two rows each, one with the negative prompt and one with the prompt, or one row where guidance is off.
 
-Whose turn it is follows what each user was given: row-steps × pixels, least first. A user who comes begins at the least
-of those who are there, so that nobody is made to wait for what others missed.
+Whose turn it is follows what each user was given: seconds of the device, least first, a forward's shared by its rows.
+A user who comes begins at the least of those who are there, so that nobody is made to wait for what others missed.
 """
 
+import math
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -22,7 +24,10 @@ from api.engine import sampler
 from api.engine.adapters import Adapter
 from api.engine.sampler import Schedule
 from api.engine.slots import NO_ADAPTER, Slots, SlotsFull
+from api.engine.weights import is_out_of_memory
 from api.errors import BadPicture, ShuttingDown
+
+log = structlog.get_logger()
 
 OnCall = Callable[[int, Tensor], None]
 """Called after each call of the UNet with how many are done and the latents; whatever it raises ends the task."""
@@ -44,6 +49,7 @@ class Task:
         generators: one for each picture, for samplers that add noise.
         alone: no other task's rows are in its forwards, so that nothing of it depends on who else is there.
         on_call: see `OnCall`.
+        check: raises when the task is wanted no more; asked while it waits for its steps.
     """
 
     model: Slots
@@ -57,6 +63,7 @@ class Task:
     generators: Sequence[torch.Generator]
     alone: bool = False
     on_call: OnCall = lambda done, latents: None
+    check: Callable[[], None] = lambda: None
     done: int = 0
     seconds: float = 0.0  # its share of the time that its forwards took
     slot: int | None = None  # of its adapter, while it is drawn
@@ -93,12 +100,15 @@ class Batch:
 
     Args:
         most_rows: of one forward; a task that alone has more is drawn alone.
+        free_memory: hands memory that nothing refers to back to the device.
     """
 
-    def __init__(self, most_rows: int) -> None:
+    def __init__(self, most_rows: int, free_memory: Callable[[], None] = lambda: None) -> None:
         self._most_rows = most_rows
+        self._free_memory = free_memory
+        self._most_cost = math.inf  # of one forward, once one was too large for the memory
         self._tasks: list[Task] = []  # in the order of their arrival
-        self._served: defaultdict[str, float] = defaultdict(float)  # by user: what the device did for them
+        self._served: defaultdict[str, float] = defaultdict(float)  # by user: seconds of the device
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._turn, name="batch", daemon=True)
@@ -133,35 +143,55 @@ class Batch:
     def _turn(self) -> None:
         while True:
             with self._changed:
+                if not self._tasks:
+                    self._most_cost = math.inf  # whoever comes next may find more memory
                 self._changed.wait_for(lambda: self._tasks or self._stopping)
                 if self._stopping:
                     self._end(self._tasks, ShuttingDown("the server is stopping"))
                     return
-                waiting = list(self._tasks)
-            try:
-                tasks = self._schedule(list(waiting))
-                if tasks:
-                    self._run(tasks)
-                self._postprocess(tasks)
-            except Exception as error:  # a fault of ours: nobody shall wait for ever, and the next may fare better
-                self._end(waiting, error)
-                self._postprocess([])
+            self._turn_once()  # whose locals keep nothing alive while the loop waits
+
+    def _turn_once(self) -> None:
+        with self._changed:
+            waiting = list(self._tasks)
+        try:
+            tasks = self._schedule(list(waiting))
+            if tasks:
+                self._run(tasks)
+            self._postprocess(tasks)
+        except Exception as error:  # a fault of ours: nobody shall wait for ever, and the next may fare better
+            self._end(waiting, error)
+            self._forget_ended()
 
     def _schedule(self, waiting: list[Task]) -> list[Task]:
-        """Returns the tasks of the next step: of one kind, least served users first, as many rows as fit."""
-        served = {task.user_id: self._served[task.user_id] for task in waiting}
-        chosen, room = list[Task](), self._most_rows
+        """Returns the tasks of the next step: of one kind, least served users first, as many as fit."""
+        chosen, rows, cost = list[Task](), 0, 0
+        of_user: Counter[str] = Counter()
         while waiting:
-            task = min(waiting, key=lambda task: served[task.user_id])
+            # Those of one user, who may be behind everybody, not before all others of the same forward.
+            task = min(waiting, key=lambda task: (self._served[task.user_id], of_user[task.user_id]))
             waiting.remove(task)
-            fits = not chosen or (task.kind == chosen[0].kind and task.rows <= room and not task.alone)
-            if fits and self._has_slot(task):
+            fits = not chosen or (
+                task.kind == chosen[0].kind
+                and not task.alone
+                and rows + task.rows <= self._most_rows
+                and cost + task.cost <= self._most_cost
+            )
+            if self._is_wanted(task) and fits and self._has_slot(task):
                 chosen.append(task)
-                room -= task.rows
-                served[task.user_id] += task.cost
+                rows, cost = rows + task.rows, cost + task.cost
+                of_user[task.user_id] += task.rows
                 if task.alone:
                     break
         return chosen
+
+    def _is_wanted(self, task: Task) -> bool:
+        try:
+            task.check()
+        except Exception as error:
+            self._end([task], error)
+            return False
+        return True
 
     def _has_slot(self, task: Task) -> bool:
         """Takes a slot for the task unless it has one. Returns False when it has to wait, or cannot have any."""
@@ -178,20 +208,31 @@ class Batch:
     def _run(self, tasks: Sequence[Task]) -> None:
         """Moves every task on by one call of the UNet. One that fails, whatever it is, fails alone."""
         began = time.perf_counter()
+        failure: Exception | None = None
         try:
             states = step(tasks)
         except Exception as error:
-            if len(tasks) == 1:
-                self._end(tasks, error)
-                return
-            for task in tasks:  # memory may suffice for one by one, and whose fault it was shows
+            failure = error
+            if is_out_of_memory(error):
+                failure = error.with_traceback(None)  # whose frames hold what did not fit
+        if failure is None:
+            self._move_on(tasks, states, time.perf_counter() - began)
+        elif len(tasks) == 1:
+            self._end(tasks, failure)
+        else:  # memory may suffice for one by one, and whose fault it was shows
+            if is_out_of_memory(failure):
+                self._most_cost = sum(task.cost for task in tasks) / 2
+                self._free_memory()
+            for task in tasks:
                 self._run([task])
-            return
-        a_row = (time.perf_counter() - began) / sum(task.rows for task in tasks)
+
+    def _move_on(self, tasks: Sequence[Task], states: Sequence[Tensor], seconds: float) -> None:
+        a_row = seconds / sum(task.rows for task in tasks)
         for task, state in zip(tasks, states, strict=True):
             task.state = state
-            task.seconds += a_row * task.rows
             task.done += 1
+            task.seconds += a_row * task.rows
+            self._served[task.user_id] += a_row * task.rows
 
     def _postprocess(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
@@ -206,13 +247,17 @@ class Batch:
                 continue
             if task.done == task.schedule.calls:
                 task.ended.set_result(task.latents)
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
         with self._changed:
-            for task in tasks:
-                self._served[task.user_id] += task.cost
             for task in self._tasks:
                 if task.ended.done() and task.slot is not None:
                     slot, task.slot = task.slot, None
-                    task.model.release(slot)
+                    try:
+                        task.model.release(slot)
+                    except Exception as error:  # the device is gone: the others hear of it from their own steps
+                        log.error("slot_not_released", exc_info=error)
             self._tasks = [task for task in self._tasks if not task.ended.done()]
             present = {task.user_id for task in self._tasks}
             for user in self._served.keys() - present:
@@ -226,7 +271,9 @@ class Batch:
 
 @torch.inference_mode()
 def step(tasks: Sequence[Task]) -> Sequence[Tensor]:
-    """Returns the next state of each task, by one forward for the rows of all; nothing of the tasks is changed.
+    """Returns the next state of each task, by one forward for the rows of all.
+
+    Nothing of the tasks is changed but their generators, where fresh noise is drawn.
 
     Args:
         tasks: of one kind.

@@ -11,8 +11,9 @@ Free of torch. What is cached is anything that can name its storages: `sizes` ma
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -92,6 +93,7 @@ class ModelCache(Generic[T]):
         self._held: set[_Entry[T]] = set()  # loaded entries, the stale but used ones included
         self._used: Counter[str] = Counter()  # device → bytes of all storages
         self._least_worth = 0.0  # of the last one evicted
+        self._leaving: list[Callable[[], None]] = []  # what is to be done once the lock is free
         self._lock = threading.RLock()
 
     def lease(self, key: Hashable, load: Callable[[Reserve], Loaded[T]]) -> Lease[T]:
@@ -129,7 +131,7 @@ class ModelCache(Generic[T]):
         try:
             loaded = load(self._make_room)
         except BaseException as error:
-            with self._lock:
+            with self._forgetting():
                 self._forget(entry)
                 entry.users -= 1
             entry.future.set_exception(error)
@@ -157,7 +159,7 @@ class ModelCache(Generic[T]):
                     f"the model needs {wanted / 1e9:.2f} GB on {device}, the cache may take {budget / 1e9:.2f} GB",
                     "Raise HOST_CACHE_GB or GPU_CACHE_GB, or use a smaller model.",
                 )
-            with self._lock:
+            with self._forgetting():
                 idle = [entry for entry in self._entries.values() if entry.users == 0 and device in entry.devices]
                 for entry in sorted(idle, key=lambda entry: entry.worth):  # stable: the least recently used comes first
                     if self._used[device] + wanted <= budget:
@@ -171,7 +173,7 @@ class ModelCache(Generic[T]):
 
     def evict_idle(self) -> int:
         """Drops every model that nobody uses; returns the bytes freed."""
-        with self._lock:
+        with self._forgetting():
             before = self.used()
             for entry in list(self._entries.values()):
                 if entry.users == 0:
@@ -180,13 +182,13 @@ class ModelCache(Generic[T]):
 
     def drop(self, key: Hashable) -> None:
         """Drops one model, if it is there, as soon as nobody uses it."""
-        with self._lock:
+        with self._forgetting():
             if (entry := self._entries.get(key)) is not None:
                 self._forget(entry)
 
     def clear(self) -> tuple[int, int]:
         """Drops every model: returns bytes freed now, and bytes in use that follow at their last release."""
-        with self._lock:
+        with self._forgetting():
             before = self.used()
             for entry in list(self._entries.values()):
                 self._forget(entry)
@@ -231,6 +233,15 @@ class ModelCache(Generic[T]):
         total = sum(size for _, size in sizes.values())
         return EntryInfo(entry.key, own, total, entry.users, entry.hits)
 
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Holds the lock inside the block; what is forgotten there is let go of once the lock is free."""
+        with self._lock:
+            yield
+            leaving, self._leaving = self._leaving, []
+        for on_drop in leaving:
+            on_drop()
+
     def _forget(self, entry: _Entry[T]) -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
@@ -238,7 +249,7 @@ class ModelCache(Generic[T]):
         self._drop_if_unused(entry)
 
     def _release(self, entry: _Entry[T]) -> None:
-        with self._lock:
+        with self._forgetting():
             entry.users -= 1
             self._drop_if_unused(entry)
         self._make_room({})  # a model over budget stays while it is used, and leaves now
@@ -248,7 +259,7 @@ class ModelCache(Generic[T]):
             return
         self._held.remove(entry)
         loaded = entry.future.result()
-        loaded.on_drop()
+        self._leaving.append(loaded.on_drop)
         for storage in loaded.sizes:
             device, size, held = self._storages.pop(storage)
             if held > 1:

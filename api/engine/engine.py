@@ -2,8 +2,9 @@
 
 import gc
 import math
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from api.engine.batch import Batch
 from api.engine.cache import Loaded
 from api.engine.pipeline import Drawing, OnStep, draw
 from api.engine.sources import FoundBase
-from api.errors import DeviceLost, OutOfMemory
+from api.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from api.schemas import GenerateRequest
 
 HOST_SHARE = 0.5
@@ -45,7 +46,8 @@ class Engine:
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
         self._bases: weakref.WeakSet[Base] = weakref.WeakSet()
-        self._batch = Batch(settings.batch_rows)
+        self._counting = threading.Lock()  # of them
+        self._batch = Batch(settings.batch_rows, self.free_memory)
 
     @property
     def device(self) -> str:
@@ -87,7 +89,11 @@ class Engine:
 
     def slot_bytes(self) -> int:
         """Returns what the slots of all bases in memory take, on the device and beside the budgets."""
-        return sum(base.slot_bytes for base in list(self._bases))
+        return sum(base.slot_bytes for base in self._in_memory())
+
+    def _in_memory(self) -> list[Base]:
+        with self._counting:
+            return list(self._bases)
 
     def find_base(self, source: ModelSource) -> FoundBase:
         """Returns where the base is on this disk, downloaded if need be. Raises ModelUnavailable."""
@@ -104,11 +110,12 @@ class Engine:
         return sources.is_downloaded(source)
 
     def load_base(self, found: FoundBase) -> Loaded[Base]:
-        """Returns the base, on the device. Raises ModelUnavailable or OutOfMemory."""
-        with _our_out_of_memory():
+        """Returns the base, on the device. Raises ModelUnavailable, OutOfMemory or DeviceLost."""
+        with self._told_apart():
             pipeline = components.load_pipeline(found, self._placement, self._pool)
             base = Base(pipeline, slots=self._settings.batch_rows)
-        self._bases.add(base)
+        with self._counting:
+            self._bases.add(base)
         modules = (getattr(pipeline, name) for name in sources.TENSOR_COMPONENTS)
         tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
         return Loaded(base, weights.storages_of(tensors))
@@ -119,34 +126,48 @@ class Engine:
         return find_adapter_file(locate(source.lora))
 
     def load_adapter(self, file: Path, base: Base, strength: float) -> Loaded[Adapter]:
-        """Returns the LoRA in `file`, checked against its base, on the host. Raises ModelUnavailable or OutOfMemory."""
-        with _our_out_of_memory():
+        """Returns the LoRA in `file`, checked against its base, on the host.
+
+        Raises ModelUnavailable, OutOfMemory or DeviceLost.
+        """
+        with self._told_apart():
             adapter = load_adapter(file, base.pipeline, strength)
-        rides_on = weakref.ref(base)  # which may leave before the adapter does
 
         def drop() -> None:
-            if (still := rides_on()) is not None:
-                still.drop(adapter)
+            for in_memory in self._in_memory():  # the base may have left and come back meanwhile
+                in_memory.drop(adapter)
 
         return Loaded(adapter, weights.storages_of(adapter.tensors()), drop)
 
     def draw(
-        self, base: Base, adapter: Adapter | None, request: GenerateRequest, seed: int, on_step: OnStep
+        self,
+        base: Base,
+        adapter: Adapter | None,
+        request: GenerateRequest,
+        seed: int,
+        on_step: OnStep,
+        check: Callable[[], None] = lambda: None,
     ) -> Drawing:
         """Draws the request, beside what other threads draw; see `pipeline.draw`.
 
         Raises OutOfMemory and DeviceLost besides.
         """
-        try:
-            with _our_out_of_memory():
-                return draw(base, adapter, request, seed, self._batch, on_step)
-        except RuntimeError:  # of the request's own making, or the device's end?
-            self.check_device()
-            raise
+        with self._told_apart():
+            return draw(base, adapter, request, seed, self._batch, on_step, check)
 
     def close(self) -> None:
         """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""
         self._batch.close()
+
+    @contextmanager
+    def _told_apart(self) -> Iterator[None]:
+        """Tells what fails for want of memory, and what fails because the device is gone, from all else."""
+        try:
+            with _our_out_of_memory():
+                yield
+        except (RuntimeError, ModelUnavailable):  # the second of a file, or of a load that the device ended?
+            self.check_device()
+            raise
 
     def free_memory(self) -> None:
         """Hands memory that nothing refers to back to the device."""

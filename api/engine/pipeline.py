@@ -1,18 +1,16 @@
 """Drawing: one request, from a leased model to finished pixels, in the lane that suits it.
 
 The batch draws what it can: base, adapter and sampler of every request in one forward with those of others. A LoRA that
-does not fit its slots, and a request that shall not depend on its neighbours, have weights of their own there (exact).
-What the step loop cannot do at all is left to diffusers' own call (stock).
+does not fit its slots, and a request that shall not depend on its neighbours, have a copy of the UNet's tree to
+themselves there (exact). What the step loop cannot do at all is left to diffusers' own call (stock).
 """
 
 import copy
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,17 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from api.engine import sampler, stock
-from api.engine.adapters import Adapter, merged
+from api.engine.adapters import Adapter
 from api.engine.base import Base
 from api.engine.batch import Batch, Task
 from api.engine.preview import fitted, preview
 from api.engine.sampler import Schedule
-from api.engine.slots import NotForSlots, Slots
 from api.errors import BadPicture, Blocked, ModelUnavailable
 from api.schemas import GenerateRequest, Lane
 
 _decoding = threading.Lock()  # one at a time, so that the decoder's peak stays that of one
 _stock_call = threading.Lock()
+CHECK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,13 @@ class _Denoised:
 
 
 def draw(
-    base: Base, adapter: Adapter | None, request: GenerateRequest, seed: int, batch: Batch, on_step: OnStep
+    base: Base,
+    adapter: Adapter | None,
+    request: GenerateRequest,
+    seed: int,
+    batch: Batch,
+    on_step: OnStep,
+    check: Callable[[], None] = lambda: None,
 ) -> Drawing:
     """Returns the pictures of `request`, the first from `seed`, the next from `seed + 1` and so on. Blocks.
 
@@ -85,6 +89,7 @@ def draw(
         seed: where the noise comes from; drawn on the CPU, so that it is the same on every device.
         batch: the step loop.
         on_step: called after each step, on the thread of the lane; whatever it raises ends the drawing.
+        check: called now and then while the request waits for its first step; whatever it raises ends the drawing.
 
     Raises:
         BadPicture: latents or pixels are not finite.
@@ -100,9 +105,9 @@ def draw(
         fitted(pipeline.vae)  # here, the first time: the step loop shall not wait for it
         schedule = _schedule(base, request)
         if schedule is None:
-            denoised = _by_stock_call(base, adapter, request, seed, stepped)
+            denoised = _by_stock_call(base, adapter, request, seed, stepped, check)
         else:
-            denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped)
+            denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped, check)
         done = time.perf_counter()
         with _decoding:
             began = time.perf_counter()
@@ -114,7 +119,7 @@ def draw(
         done - started,
         denoised.device_seconds + decode_seconds,
         decode_seconds,
-        _unread(pipeline.tokenizer, request),
+        _unread(base, request),
     )
 
 
@@ -138,44 +143,34 @@ def _in_batch(
     schedule: Schedule,
     batch: Batch,
     stepped: Callable[[int, int, Tensor], None],
+    check: Callable[[], None],
 ) -> _Denoised:
     pipeline = base.pipeline
     width, height = drawn_size(pipeline, request.width, request.height)
-    shape = (
-        1,
-        pipeline.unet.config.in_channels,
-        height // pipeline.vae_scale_factor,
-        width // pipeline.vae_scale_factor,
-    )
+    cell = pipeline.vae_scale_factor
+    shape = (1, pipeline.unet.config.in_channels, height // cell, width // cell)
     guided = request.guidance_scale > 1
     texts = [request.negative_prompt or "", request.prompt] if guided else [request.prompt]
-    text = torch.cat([base.texts.encode(text, adapter).expand(request.num_images, -1, -1) for text in texts])
-    text = text.to(base.unet.dtype)
-
-    def task(unet: Slots, rides: Adapter | None) -> Task:
-        generators = _generators(request, seed)
-        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-        return Task(
-            model=unet,
-            adapter=rides,
-            user_id=request.user_id,
-            schedule=schedule,
-            state=sampler.start(noise, schedule).to(pipeline.device),
-            text=text,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=stock.guidance_rescale(pipeline),
-            generators=generators,
-            alone=request.reproducible,
-            on_call=lambda done, latents: stepped(done, schedule.calls, latents),
-        )
-
-    if adapter is not None and not request.reproducible:
-        riding = task(base.unet, adapter)
-        with suppress(NotForSlots):  # told before its first step
-            return _Denoised(batch.draw(riding), "batch", riding.seconds)
-    unet = base.unet if adapter is None else Slots(merged(pipeline.unet, adapter, "unet"), "unet", count=0)
-    own = task(unet, None)
-    return _Denoised(batch.draw(own), "exact", own.seconds)
+    encode = base.texts.encode_alone if request.reproducible else base.texts.encode
+    text = torch.cat([encode(text, adapter).expand(request.num_images, -1, -1) for text in texts])
+    generators = _generators(request, seed)
+    noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
+    rides = adapter is not None and not request.reproducible and base.unet.fits(adapter)
+    task = Task(
+        model=base.unet if rides or adapter is None else base.own_unet(),
+        adapter=adapter,
+        user_id=request.user_id,
+        schedule=schedule,
+        state=sampler.start(noise, schedule).to(pipeline.device),
+        text=text.to(base.unet.dtype),
+        guidance_scale=request.guidance_scale,
+        guidance_rescale=stock.guidance_rescale(pipeline),
+        generators=generators,
+        alone=request.reproducible,
+        on_call=lambda done, latents: stepped(done, schedule.calls, latents),
+        check=check,
+    )
+    return _Denoised(batch.draw(task), "batch" if rides else "exact", task.seconds)
 
 
 def _by_stock_call(
@@ -184,12 +179,17 @@ def _by_stock_call(
     request: GenerateRequest,
     seed: int,
     stepped: Callable[[int, int, Tensor], None],
+    check: Callable[[], None],
 ) -> _Denoised:
     size = drawn_size(base.pipeline, request.width, request.height)
-    with _stock_call:
+    while not _stock_call.acquire(timeout=CHECK_SECONDS):
+        check()
+    try:
         began = time.perf_counter()
         latents = stock.draw(base.pipeline, adapter, request, size, _generators(request, seed), stepped)
         return _Denoised(latents, "stock", time.perf_counter() - began)
+    finally:
+        _stock_call.release()
 
 
 def _generators(request: GenerateRequest, seed: int) -> list[torch.Generator]:
@@ -214,21 +214,12 @@ def sized(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _unread(tokenizer: Any, request: GenerateRequest) -> dict[str, str]:
+def _unread(base: Base, request: GenerateRequest) -> dict[str, str]:
     """Returns the end of each prompt that is longer than the text encoder reads."""
     texts = {"prompt": request.prompt}
     if request.negative_prompt and request.guidance_scale > 1:
         texts["negative_prompt"] = request.negative_prompt
-    return {field: end for field, text in texts.items() if (end := _beyond(tokenizer, text))}
-
-
-def _beyond(tokenizer: Any, text: str) -> str:
-    most = tokenizer.model_max_length
-    tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    if len(tokens.input_ids) <= most:
-        return ""
-    start, _ = tokens.offset_mapping[most - 1]  # the last place that is read is the end token's
-    return text[start:]
+    return {field: end for field, text in texts.items() if (end := base.texts.beyond(text))}
 
 
 def _decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:

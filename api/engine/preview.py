@@ -39,6 +39,8 @@ def preview(latents: Tensor, vae: AutoencoderKL) -> bytes:
 
 def fitted(vae: AutoencoderKL) -> Tensor:
     """Returns the map of `vae`, (channels + 1, 3) with the constant last, fitting it the first time."""
+    if (known := _maps.get(vae)) is not None:  # without a wait for whoever fits another
+        return known
     with _fitting:
         if vae not in _maps:
             _maps[vae] = _fit(vae)

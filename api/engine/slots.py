@@ -21,6 +21,7 @@ from api.engine.weights import shell
 
 NO_ADAPTER = 0
 RANKS = (4, 8, 16, 32, 64, 128)  # of tables: few shapes to compile for, and one high rank makes every row slower
+HIGHEST_RANK = RANKS[-1]  # that shares a forward with others
 
 
 class SlotsFull(Exception):
@@ -28,7 +29,7 @@ class SlotsFull(Exception):
 
 
 class NotForSlots(Exception):
-    """The adapter cannot share a forward with others; `adapters.merged` makes it a module of its own."""
+    """The adapter cannot ride in these slots; see `Slots.fits`."""
 
 
 @dataclass
@@ -52,28 +53,29 @@ class _Table:
         self.rows = rows
         self.down = _zeros(bare.weight, slots, 0, *bare.weight.shape[1:])
         self.up = _zeros(bare.weight, slots, bare.weight.shape[0], 0)
+        self.ranks: dict[int, int] = {}  # by slot, of the adapters that are here
 
     @property
     def nbytes(self) -> int:
         return self.down.nbytes + self.up.nbytes
 
-    def hold(self, rank: int) -> None:
-        """Makes room for adapters of `rank`; those that are here stay. Raises NotForSlots."""
-        held = self.down.shape[1]
-        if rank <= held:
+    def make_room(self, slot: int, rank: int) -> None:
+        """Takes on the rank that the adapters need once `slot` has one of `rank`: the highest decides for all."""
+        needed = max([rank, *(other for held, other in self.ranks.items() if held != slot)])
+        ranks = next((size for size in RANKS if size >= needed), needed)
+        kept = min(ranks, self.down.shape[1])
+        if ranks == self.down.shape[1]:
             return
-        if rank > RANKS[-1]:
-            raise NotForSlots(f"rank {rank} is over {RANKS[-1]}")
-        ranks = next(size for size in RANKS if size >= rank)
         down = _zeros(self.down, self.down.shape[0], ranks, *self.down.shape[2:])
         up = _zeros(self.up, *self.up.shape[:2], ranks)
-        down[:, :held] = self.down
-        up[:, :, :held] = self.up
+        down[:, :kept] = self.down[:, :kept]
+        up[:, :, :kept] = self.up[:, :, :kept]
         self.down, self.up = down, up
 
     def write(self, slot: int, delta: LayerDelta | None) -> None:
         """Overwrites the whole slot: with the delta, its scale folded into `up`, or with zeros."""
         rank = delta.down.shape[0] if delta else 0
+        self.ranks[slot] = rank
         self.down[slot, rank:] = 0
         self.up[slot, :, rank:] = 0
         if delta:
@@ -142,15 +144,16 @@ class Slots:
             comes. A wrapper is a layer of the same kind that shares the bare one's dictionaries.
         component: its name in the base, as `LayerDelta` says it.
         count: how many adapters it holds at once; their slots are 1 … count.
+        highest_rank: of adapters that it takes.
     """
 
-    def __init__(self, module: nn.Module, component: str, count: int) -> None:
+    def __init__(self, module: nn.Module, component: str, count: int, highest_rank: float = HIGHEST_RANK) -> None:
         self.module = shell(module)
         self._component = component
         self._count = count
+        self._highest_rank = highest_rank
         self._changing = threading.Lock()
         self._rows = _Rows()
-        self._index: dict[int, Tensor] = {}  # number of rows → the buffer that says their slots
         self._tables: dict[str, _Table] = {}  # by the layer's name
         self._slots: OrderedDict[Hashable, int] = OrderedDict()  # key → slot, least recently released first
         self._free = list(range(count, NO_ADAPTER, -1))
@@ -164,12 +167,19 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Returns the bytes that the slots take beside the module's own."""
-        factors = sum(table.nbytes for table in self._tables.values())
-        return factors + sum(index.nbytes for index in self._index.values())
+        with self._changing:
+            return sum(table.nbytes for table in self._tables.values())
 
     def warm(self) -> list[Hashable]:
         """Returns the keys whose adapters are here; of the idle ones the first is the next to leave."""
         return list(self._slots)
+
+    def fits(self, adapter: Adapter) -> bool:
+        """Whether the adapter can ride here: no rank is too high, and every layer is a plain one."""
+        return all(
+            delta.down.shape[0] <= self._highest_rank and (delta.layer in self._tables or _is_plain(self.module, delta))
+            for delta in self._deltas(adapter).values()
+        )
 
     def acquire(self, adapter: Adapter) -> int:
         """Returns the slot of the adapter, copying it there if need be. It is the caller's until `release`.
@@ -178,11 +188,15 @@ class Slots:
 
         Raises:
             SlotsFull: as many other adapters are in use as there are slots.
-            NotForSlots: a rank is over 128, or a layer is of an unusual kind.
+            NotForSlots: it does not fit.
         """
-        deltas = {delta.layer: delta for delta in adapter.deltas if delta.component == self._component}
+        deltas = self._deltas(adapter)
         if not deltas:
             return NO_ADAPTER
+        if not self.fits(adapter):
+            raise NotForSlots(
+                f"a rank is over {self._highest_rank}, or a layer is no plain linear or convolution layer"
+            )
         with self._changing:
             if adapter.key not in self._slots:
                 self._copy_in(adapter.key, deltas)
@@ -222,34 +236,34 @@ class Slots:
         if self._rows.index is not None:
             raise ValueError("the rows of a forward are chosen already")
         if any(slots):
-            self._rows.index = self._filled_index(slots)
+            self._rows.index = torch.tensor(slots, device=next(self.module.parameters()).device)
         try:
             yield
         finally:
             self._rows.index = None
 
+    def _deltas(self, adapter: Adapter) -> dict[str, LayerDelta]:
+        return {delta.layer: delta for delta in adapter.deltas if delta.component == self._component}
+
     def _copy_in(self, key: Hashable, deltas: dict[str, LayerDelta]) -> None:
         idle = [held for held, slot in self._slots.items() if not self._users[slot]]
         if not (self._free or idle):
             raise SlotsFull(f"all {self._count} slots are in use")
-        for delta in deltas.values():
-            self._make_room(delta)
         if not self._free:
             self._free.append(self._slots.pop(idle[0]))
         slot = self._free[-1]
+        for layer in deltas.keys() - self._tables.keys():
+            self._wrap(layer)
         for name, table in self._tables.items():
-            table.write(slot, deltas.get(name))
+            delta = deltas.get(name)
+            table.make_room(slot, delta.down.shape[0] if delta else 0)
+            table.write(slot, delta)
         self._slots[key] = self._free.pop()  # not before the copy is whole
 
-    def _make_room(self, delta: LayerDelta) -> None:
-        """Wraps the layer if no adapter has changed it before, with a table that holds the delta's rank."""
-        if delta.layer in self._tables:
-            self._tables[delta.layer].hold(delta.down.shape[0])
-            return
-        table = _Table(_plain(self.module, delta.layer), self._count + 1, self._rows)
-        table.hold(delta.down.shape[0])
-        self._put(delta.layer, _slotted(table))
-        self._tables[delta.layer] = table
+    def _wrap(self, name: str) -> None:
+        table = _Table(self.module.get_submodule(name), self._count + 1, self._rows)  # type: ignore[arg-type]
+        self._tables[name] = table  # first: `fits` may look meanwhile
+        self._put(name, _slotted(table))
 
     def _put(self, name: str, layer: nn.Module) -> None:
         parent, _, own = name.rpartition(".")
@@ -260,20 +274,13 @@ class Slots:
             table.write(slot, None)
         self._free.append(slot)
 
-    def _filled_index(self, slots: Sequence[int]) -> Tensor:
-        """Returns the buffer for so many rows, always the same one, with their slots."""
-        rows = len(slots)
-        if rows not in self._index:
-            self._index[rows] = _zeros(next(self.module.parameters()), rows, dtype=torch.int64)
-        return self._index[rows].copy_(torch.tensor(slots))
 
-
-def _plain(module: nn.Module, name: str) -> Layer:
-    layer = module.get_submodule(name)
+def _is_plain(module: nn.Module, delta: LayerDelta) -> bool:
+    layer = module.get_submodule(delta.layer)
     # Exactly: a subclass may compute something else.
-    if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"):
-        return layer
-    raise NotForSlots(f"{name} is no plain linear or convolution layer")
+    return type(layer) is nn.Linear or (
+        type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
+    )
 
 
 def _slotted(table: _Table) -> Layer:
@@ -285,7 +292,7 @@ def _slotted(table: _Table) -> Layer:
     return layer
 
 
-def _zeros(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+def _zeros(like: Tensor, *shape: int) -> Tensor:
     # A tensor made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -1,5 +1,6 @@
 """The stock lane: what the step loop cannot take is drawn by diffusers' own call, one drawing at a time."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ def draw(
 ) -> Tensor:
     """Returns the latents of the request's pictures (pictures, channels, height, width).
 
-    The call has a scheduler and a pipeline object of its own: those keep state, the modules behind them do not.
+    The call has a scheduler, a tokenizer and a pipeline object of its own: those keep state, the modules behind them do
+    not. It computes its latents in the precision of the UNet, so that is the decoder's here: bfloat16 would do for the
+    UNet alone.
 
     Args:
         pipeline: the base.
@@ -32,11 +35,13 @@ def draw(
         generators: one for each picture.
         on_step: called after each step with how many are done, how many there are, and the latents.
     """
-    changed = {name: merged(getattr(pipeline, name), adapter, name) for name in COMPONENTS} if adapter else {}
-    own = StableDiffusionPipeline(
-        **{**pipeline.components, **changed, "scheduler": _scheduler(pipeline, request.scheduler)},
-        requires_safety_checker=False,
-    )
+    modules = {name: _in_full(getattr(pipeline, name), pipeline.vae.dtype) for name in COMPONENTS}
+    changed = {name: merged(module, adapter, name) for name, module in modules.items()} if adapter else modules
+    own_state = {
+        "scheduler": _scheduler(pipeline, request.scheduler),
+        "tokenizer": copy.deepcopy(pipeline.tokenizer),
+    }
+    own = StableDiffusionPipeline(**{**pipeline.components, **changed, **own_state}, requires_safety_checker=False)
     own.set_progress_bar_config(disable=True)
 
     def after_step(_: Any, index: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,6 +62,10 @@ def draw(
         callback_on_step_end=after_step,
     ).images
     return latents
+
+
+def _in_full(module: Any, dtype: torch.dtype) -> Any:
+    return module if module.dtype == dtype else copy.deepcopy(module).to(dtype)
 
 
 def guidance_rescale(pipeline: StableDiffusionPipeline) -> float:

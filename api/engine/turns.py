@@ -1,17 +1,32 @@
 """Turns: few bases in use at once, so that memory holds them however many requests wait. Free of torch."""
 
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
 
 from api.errors import ShuttingDown
+
+PASSING_SECONDS = 5.0
+CHECK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Ticket:
+    """Somebody who waits: for which base, and since when (`time.monotonic`)."""
+
+    base: Hashable
+    since: float
 
 
 class Turns:
     """Lets requests draw in the order of their arrival, with at most so many different bases in use.
 
-    Strictly in that order: one for a base in use waits behind one for another base, which would else starve.
+    A request for a base in use passes those for which there is no room, while the first of them has waited less than
+    PASSING_SECONDS.
 
     Args:
         most: bases in use at once; with two, one draws while the next is loaded.
@@ -20,23 +35,31 @@ class Turns:
     def __init__(self, most: int) -> None:
         self._most = most
         self._in_use: Counter[Hashable] = Counter()
-        self._waiting: deque[object] = deque()
+        self._waiting: deque[_Ticket] = deque()
         self._changed = threading.Condition()
         self._closed = False
 
     @contextmanager
-    def turn(self, base: Hashable) -> Iterator[None]:
+    def turn(self, base: Hashable, check: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Waits until it is the turn of a request for `base`, which uses it inside the block.
+
+        Args:
+            base: identity of the base.
+            check: called now and then while the request waits; whatever it raises ends that.
 
         Raises:
             ShuttingDown: `close` was called before its turn came.
         """
-        ticket = object()
+        ticket = _Ticket(base, time.monotonic())
         with self._changed:
             self._waiting.append(ticket)
-            self._changed.wait_for(lambda: self._closed or (self._waiting[0] is ticket and self._has_room(base)))
-            self._waiting.remove(ticket)
-            self._changed.notify_all()
+            try:
+                while not (self._closed or self._is_turn_of(ticket)):
+                    self._changed.wait(CHECK_SECONDS)
+                    check()
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
             if self._closed:
                 raise ShuttingDown("the server is stopping")
             self._in_use[base] += 1
@@ -53,6 +76,14 @@ class Turns:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _is_turn_of(self, ticket: _Ticket) -> bool:
+        first = self._waiting[0]
+        if ticket is first:
+            return self._has_room(ticket.base)
+        before = list(takewhile(lambda other: other is not ticket, self._waiting))
+        passing = time.monotonic() - first.since < PASSING_SECONDS
+        return passing and ticket.base in self._in_use and not any(self._has_room(other.base) for other in before)
 
     def _has_room(self, base: Hashable) -> bool:
         return base in self._in_use or len(self._in_use) < self._most

@@ -190,7 +190,7 @@ def _describe(done: _Finished, service: Service) -> GenerateResponse:
         model_id=job.model_id,
         generation_time=round(done.seconds, 3),
         cache="hit" if job.cache_hit else "miss",
-        lane=cast(Lane, job.lane),
+        lane=cast(Lane, job.lane or "stock"),  # as it was with every worker that did not say
         timings=Timings.model_validate(job.timings),
         images=images,
     )
