@@ -14,7 +14,7 @@ CHANNELS = (8, 180)  # about 25 MB in memory
 BUDGET_GB = 0.06  # two of them
 SWITCHES = 200
 SETTLED = 50
-FLAT_BYTES = 50_000_000
+FLAT_BYTES = 25_000_000  # less than one model
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -41,8 +41,9 @@ def test_200_model_switches_leave_memory_flat(churning: Server, capsys: pytest.C
         assert len(cache["models"]) == 2
         used.append(cache["used_bytes"]["cpu"])
         resident.append(anonymous_bytes(churning.pid))
-    growth = resident[-1] - resident[SETTLED - 1]
+    # The least of many: how much of what was freed the allocator keeps at one moment is a matter of chance.
+    growth = min(resident[-SETTLED:]) - min(resident[SETTLED : 2 * SETTLED])
     with capsys.disabled():
         print(f"\n{SWITCHES} switches: {growth / 1e6:+.1f} MB after the first {SETTLED}; {max(used) / 1e6:.1f} MB used")
     assert 40e6 < max(used) <= BUDGET_GB * 1e9
-    assert abs(growth) <= FLAT_BYTES
+    assert growth <= FLAT_BYTES
