@@ -416,9 +416,10 @@ def test_closing_ends_the_drawing_and_refuses_what_waits(open_service: Open, mon
         assert held.drawing.wait(WAIT)
         waiting: list[Future[Any]] = [pool.submit(draw, service, "bo")]  # in the step loop
         until(lambda: tasks(service) == 2)
-        for number, user in enumerate(("chi", "ada"), start=1):  # for the other base, and behind that one
-            waiting.append(pool.submit(draw, service, user))
-            until(lambda number=number: len(service._turns._waiting) == number)
+        waiting.append(pool.submit(draw, service, "chi"))  # for the other base
+        until(lambda: len(service._turns._waiting) == 1)
+        waiting.append(pool.submit(draw, service, "ada"))  # behind that one
+        until(lambda: len(service._turns._waiting) == 2)
         closing = pool.submit(service.close)
         assert service._stopping.wait(WAIT)
         held.go_on.set()

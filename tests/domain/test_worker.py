@@ -282,7 +282,7 @@ async def test_a_worker_that_lost_its_lease_writes_nothing(
 async def test_stopping_puts_what_is_in_hand_back_and_another_draws_the_same(
     database: Database, desk: Desk, make_worker: MakeWorker, wake: Wake, pictures: PictureFolder
 ) -> None:
-    fields = {"num_inference_steps": LONG, "guidance_scale": 1.0, "seed": 3, "reproducible": True}
+    fields: dict[str, Any] = {"num_inference_steps": LONG, "guidance_scale": 1.0, "seed": 3, "reproducible": True}
     job_id = await submit(desk, **fields)
     worker = make_worker()
     async with drawing(worker):
