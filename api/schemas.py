@@ -86,8 +86,8 @@ class GenerateRequest(BaseModel):
     )
     reproducible: bool = Field(
         default=False,
-        description="Draw it in no batch with others, whose number changes the last digits: slower, and the same request "
-        "draws the same pictures to the last bit.",
+        description="Draw it in no batch with others, whose number changes the last digits: slower, and the same "
+        "request draws the same pictures to the last bit.",
         examples=[False],
     )
 

@@ -212,9 +212,9 @@ class Batch:
         try:
             states = step(tasks)
         except Exception as error:
-            failure = error
-            if is_out_of_memory(error):
-                failure = error.with_traceback(None)  # whose frames hold what did not fit
+            # Where memory ran out, or others are to be tried, the frames must not hold what this forward made.
+            tell = len(tasks) == 1 and not is_out_of_memory(error)
+            failure = error if tell else error.with_traceback(None)
         if failure is None:
             self._move_on(tasks, states, time.perf_counter() - began)
         elif len(tasks) == 1:

@@ -194,9 +194,7 @@ class Slots:
         if not deltas:
             return NO_ADAPTER
         if not self.fits(adapter):
-            raise NotForSlots(
-                f"a rank is over {self._highest_rank}, or a layer is no plain linear or convolution layer"
-            )
+            raise NotForSlots(f"a rank is over {self._highest_rank}, or a layer is of an unusual kind")
         with self._changing:
             if adapter.key not in self._slots:
                 self._copy_in(adapter.key, deltas)

@@ -318,7 +318,7 @@ DROPS: dict[str, Drop] = {
     "evicted": ModelCache.evict_idle,
     "cleared": ModelCache.clear,
     "dropped": lambda cache: cache.drop("a"),
-    "pushed out": lambda cache: Noting(cache).use("x", "y", "z"),
+    "pushed out": lambda cache: Noting(cache).use("x", "x", "y", "y", "z"),
 }
 
 

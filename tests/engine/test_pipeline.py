@@ -264,7 +264,6 @@ def test_what_is_reproducible_is_the_same_to_the_last_bit_whoever_else_draws(
     assert [difference(one, other) for one, other in zip(together, alone, strict=True)] == [0] * len(people)
 
 
-@pytest.mark.xfail(reason="the text encoder's tables grow with the ranks of others, and round otherwise", strict=False)
 def test_what_is_reproducible_is_the_same_to_the_last_bit_whatever_ranks_were_there_before(
     easel: Easel, set_up: SetUp, adapter: AdapterOfRank
 ) -> None:

@@ -274,7 +274,7 @@ def test_every_byte_is_counted(base: StableDiffusionPipeline, slots: Slots) -> N
     slot = slots.acquire(adapter(base, [CONV]))
     assert slots.nbytes == 3 * 4 * (8 * 9 + 16) * 4  # slots × ranks × (in × 3 × 3 + out) × float32
     with slots.rows([slot, slot]):
-        assert slots.nbytes == 3 * 4 * (8 * 9 + 16) * 4 + 2 * 8
+        assert slots.nbytes == 3 * 4 * (8 * 9 + 16) * 4
 
 
 def test_drop_erases_what_is_idle_now_and_the_rest_at_its_release(base: StableDiffusionPipeline, slots: Slots) -> None:
@@ -398,10 +398,10 @@ def test_the_rows_end_when_the_drawing_fails(base: StableDiffusionPipeline, slot
 
 
 def test_what_does_not_fit_in_slots_is_refused(base: StableDiffusionPipeline, slots: Slots) -> None:
-    with pytest.raises(NotForSlots, match=r"rank 129 is over 128"):
+    with pytest.raises(NotForSlots, match="rank is over 128"):
         slots.acquire(adapter(base, [LINEAR], ranks=[129]))
     slots.module.get_submodule("mid_block.attentions.0").proj_in = nn.Conv2d(16, 16, 1, groups=2)
-    with pytest.raises(NotForSlots, match=POINTWISE):
+    with pytest.raises(NotForSlots, match="unusual kind"):
         slots.acquire(adapter(base, [POINTWISE]))
     assert (slots.warm(), slots.nbytes) == ([], 0)
 

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from api.engine.adapters import Adapter, LayerDelta
-from api.engine.texts import SLOTS, Texts
+from api.engine.texts import Texts
 from tests import builders
 
 PROMPT = "sks person as a knight"
@@ -92,7 +92,7 @@ def test_dropping_an_adapter_forgets_its_texts_and_no_others(
         assert gone.key not in {key for key, _ in texts._known}
     texts.drop(adapter(base))  # which nobody knows
     after = [texts.encode(text, person) for person in people for text in (PROMPT, "another")]
-    assert len(read) == 4, "nobody's are still known, and what is merged is read by an encoder of its own"
+    assert len(read) == 6, "nobody's are still known"
     assert all(is_close(one, other) for one, other in zip(before, after, strict=True))
     assert not any(one is other for one, other in zip(before[2:], after[2:], strict=True))
 
@@ -132,7 +132,6 @@ def test_many_threads_with_more_adapters_than_slots_read_their_own(base: StableD
     people = [None, *(adapter(base, rank, seed) for seed, rank in enumerate((1, 2, 4, 9, 33, 64, 129)))]
     words = [PROMPT, "a red house", ""]
     expected = [[theirs(base, text, person) for text in words] for person in people]
-    assert len(people) > SLOTS + 2
 
     def work(number: int) -> None:
         chance = random.Random(number)

@@ -54,6 +54,7 @@ class Visitors:
             assert self._leave[name].wait(WAIT)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_turns_come_in_the_order_of_arrival() -> None:
     with ThreadPoolExecutor(8) as pool:
         visitors = Visitors(Turns(1), pool)
@@ -76,6 +77,47 @@ def test_a_base_in_use_has_room_for_everybody() -> None:
             visitors.leave(name)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits has waited too long to be passed."""
+    monkeypatch.setattr("api.engine.turns.PASSING_SECONDS", 0.0)
+
+
+def test_who_wants_a_base_in_use_passes_who_has_not_waited_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.engine.turns.PASSING_SECONDS", 3600.0)
+    with ThreadPoolExecutor(8) as pool:
+        turns = Turns(2)
+        visitors = Visitors(turns, pool)
+        for name in ("a1", "b1", "c1", "a2", "d1", "b2"):
+            visitors.come(name)
+        visitors.have_entered("a1", "b1", "a2", "b2")
+        for name in ("b1", "b2"):
+            visitors.leave(name)
+        visitors.have_entered("a1", "b1", "a2", "b2", "c1")
+        assert len(turns._waiting) == 1, "d1 has no room"
+        for name in ("a1", "a2", "c1", "d1"):
+            visitors.leave(name)
+        assert not turns._in_use
+
+
+class Unwanted(Exception):
+    pass
+
+
+def test_who_is_wanted_no_more_stops_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.engine.turns.CHECK_SECONDS", 0.01)
+
+    def check() -> None:
+        raise Unwanted
+
+    turns = Turns(1)
+    with turns.turn("a"):
+        with pytest.raises(Unwanted), turns.turn("b", check):
+            pass
+        assert not turns._waiting
+
+
+@pytest.mark.usefixtures("impatient")
 def test_who_could_have_a_turn_waits_behind_who_cannot() -> None:
     """Else a base that is always asked for would keep all others out."""
     with ThreadPoolExecutor(8) as pool:
@@ -126,6 +168,7 @@ def test_an_error_ends_the_turn() -> None:
         assert set(turns._in_use) == {"b"}
 
 
+@pytest.mark.usefixtures("impatient")
 def test_closing_refuses_who_waits_and_who_comes_and_lets_others_finish() -> None:
     with ThreadPoolExecutor(8) as pool:
         turns = Turns(1)
