@@ -122,7 +122,7 @@ class Loading(ModelService):
     def __init__(self) -> None:
         self.loaded = threading.Event()
 
-    def generate(self, request: GenerateRequest, on_step: Any = None) -> Generation:
+    def generate(self, request: GenerateRequest, on_step: Any = None, check: Any = None) -> Generation:
         self.loaded.wait(PATIENCE)
         timings = Timings(queue=0, load=0, denoise=0, decode=0, encode=0)
         return Generation([PNG], [0], "slow", False, "batch", timings, 0)
