@@ -9,6 +9,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -169,10 +170,8 @@ def _in_batch(
 
     if adapter is not None and not request.reproducible:
         riding = task(base.unet, adapter)
-        try:
+        with suppress(NotForSlots):  # told before its first step
             return _Denoised(batch.draw(riding), "batch", riding.seconds)
-        except NotForSlots:  # told before its first step
-            pass
     unet = base.unet if adapter is None else Slots(merged(pipeline.unet, adapter, "unet"), "unet", count=0)
     own = task(unet, None)
     return _Denoised(batch.draw(own), "exact", own.seconds)
