@@ -50,6 +50,7 @@ USER_MODELS: dict[str, Any] = {
     # "user_456": "path/to/another/model",                                   a diffusers folder
     # "user_789": "path/to/checkpoint.safetensors",                          a single file
     # "user_790": {"base": "models/demo", "lora": "lora.safetensors", "lora_scale": 0.9},
+    # "user_791": {"base": "path/to/flux", "lora": "flux.safetensors"},      any text-to-image pipeline of diffusers
 }
 
 DEFAULT_USER = "default"
@@ -140,8 +141,8 @@ class Settings(BaseSettings):
     use_gpu: bool = Field(default=True, description="Use the GPU (CUDA or Apple MPS) if there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Precision of the weights; `auto` is float16 on a GPU, and on a CPU bfloat16 where it has "
-        "instructions for that, else float32.",
+        description="Precision of the weights; `auto` is float16 on a GPU (bfloat16 for other models than Stable "
+        "Diffusion, if it has that), and on a CPU bfloat16 where it has instructions for that, else float32.",
     )
     cpu_threads: int = Field(default=0, ge=0, le=1024, description="Threads for drawing on a CPU; 0 means one a core.")
     user_models: dict[UserId, Source] = Field(

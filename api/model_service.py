@@ -28,9 +28,7 @@ from api.schemas import GenerateRequest, Lane, Timings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from api.engine.adapters import Adapter
-    from api.engine.base import Base
-    from api.engine.engine import Engine
+    from api.engine.engine import AnyAdapter, AnyBase, Engine
     from api.engine.pipeline import Drawing, OnStep, Step
     from api.engine.sources import FoundBase
 
@@ -44,7 +42,7 @@ BASES_IN_USE = 2  # at once: one draws, the next loads meanwhile
 
 @dataclass(frozen=True)
 class Generation:
-    """Drawn pictures as PNG bytes with the seed of each, how they were made, and what of the prompts was not read."""
+    """Drawn pictures as PNG bytes with the seed of each, how they were made, and what of the request was not done."""
 
     pngs: list[bytes]
     seeds: list[int]
@@ -54,15 +52,17 @@ class Generation:
     timings: Timings
     device_seconds: float  # its share of the device's time
     unread: dict[str, str] = field(default_factory=dict)  # by field of the request
+    notes: list[str] = field(default_factory=list)  # of what else the model could not do
 
     @property
     def warnings(self) -> list[str]:
-        """What was not read, in sentences for people; they hold words of the prompt."""
-        return [
+        """What was not read or done, in sentences for people; they hold words of the prompt."""
+        unread = [
             f'The {field.replace("_", " ")} is too long for this model, which did not read "…{words}". '
             "Put what matters first."
             for field, words in self.unread.items()
         ]
+        return unread + self.notes
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Memory:
 class LeasedModel:
     """What draws for a user: a base and perhaps an adapter, both held in memory."""
 
-    base: "Base"
-    adapter: "Adapter | None"
+    base: "AnyBase"
+    adapter: "AnyAdapter | None"
     cache_hit: bool
 
 
@@ -157,6 +157,7 @@ class ModelService:
             timings,
             drawing.device_seconds,
             drawing.unread,
+            drawing.notes,
         )
 
     def warm(self) -> frozenset[str]:
@@ -222,7 +223,9 @@ class ModelService:
         on_step: "OnStep",
         check: Callable[[], None],
     ) -> _Drawn:
-        self._finder.find(source).check_size(request.width, request.height)
+        found = self._finder.find(source)
+        found.check_size(request.width, request.height)
+        found.check_scheduler(request.scheduler)
         asked = time.perf_counter()
 
         def still_wanted() -> None:
@@ -260,17 +263,17 @@ class ModelService:
         leases.callback(adapter.release)
         return LeasedModel(base.value, adapter.value, base.hit and adapter.hit)
 
-    def _lease_base(self, source: ModelSource, found: "FoundBase") -> "Lease[Base]":
-        def load(reserve: Reserve) -> "Loaded[Base]":
+    def _lease_base(self, source: ModelSource, found: "FoundBase") -> "Lease[AnyBase]":
+        def load(reserve: Reserve) -> "Loaded[AnyBase]":
             reserve(self.engine.base_bytes(found))
             return self.engine.load_base(found)
 
         return self.cache.lease(source, load)
 
-    def _lease_adapter(self, source: ModelSource, base: "Base") -> "Lease[Adapter]":
-        def load(reserve: Reserve) -> "Loaded[Adapter]":
+    def _lease_adapter(self, source: ModelSource, base: "AnyBase") -> "Lease[AnyAdapter]":
+        def load(reserve: Reserve) -> "Loaded[AnyAdapter]":
             file = self.engine.find_adapter(source)
-            reserve({"cpu": file.stat().st_size})
+            reserve(self.engine.adapter_bytes(file, base))
             return self.engine.load_adapter(file, base, source.lora_scale)
 
         return self.cache.lease(source, load)

@@ -149,7 +149,7 @@ class GenerateResponse(BaseModel):
     )
     images: list[GeneratedImage] = Field(description="Every picture, the first included.")
     warnings: list[str] = Field(
-        description="For people: what of a prompt was too long for the model to read. Usually empty.", examples=[[]]
+        description="For people: what of the request the model did not read or cannot do. Usually empty.", examples=[[]]
     )
 
 

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from api.config import ModelSource
+from api.engine.base import Base
 from api.engine.pipeline import Step
 from api.engine.sources import FoundBase, count_values
 from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown, UnsupportedSize
-from api.model_service import ModelService
+from api.model_service import LeasedModel, ModelService
 from tests import builders
 
 WAIT = 60  # seconds until a lost thread fails the test
@@ -187,6 +188,11 @@ def test_users_of_one_base_never_mix(
         assert max(map(difference, pictures, twins)) <= rounding
 
 
+def slotted(model: LeasedModel) -> Base:
+    assert isinstance(model.base, Base)
+    return model.base
+
+
 def test_requests_of_several_threads_share_steps(service: ModelService) -> None:
     expected = {user: draw(service, user, num_inference_steps=4) for user in ("default", "ada", "bo")}
     rows: list[int] = []
@@ -196,7 +202,7 @@ def test_requests_of_several_threads_share_steps(service: ModelService) -> None:
             until(lambda: tasks(service) == 3)
 
     with service.lease(service._settings.user_models["default"]) as model:
-        unet = model.base.unet.module
+        unet = slotted(model).unet.module
     handle = unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(service.generate, builders.request(user_id="ada", num_inference_steps=4), together)
@@ -472,7 +478,7 @@ def test_what_is_forgotten_leaves_no_copy_in_its_base(
     with service.lease(sources["default"]) as model:
         for user in ("ada", "bo", "default"):
             draw(service, user)
-        base = model.base
+        base = slotted(model)
         keys = base.unet.warm()
         assert (len(keys), base.texts._slots.warm()) == (2, keys[1:])
         assert {key for key, _ in base.texts._known} == {*keys, None}
@@ -493,10 +499,10 @@ def test_who_is_forgotten_while_they_draw_leaves_no_copy_afterwards(
         drawing = pool.submit(service.generate, request, held)
         assert held.drawing.wait(WAIT)
         service.forget("ada")
-        assert len(model.base.unet.warm()) == 1
+        assert len(slotted(model).unet.warm()) == 1
         held.go_on.set()
         assert drawing.result(WAIT).pngs == [expected]
-        assert model.base.unet.warm() == model.base.texts._slots.warm() == []
+        assert slotted(model).unet.warm() == slotted(model).texts._slots.warm() == []
 
 
 def test_who_is_forgotten_leaves_no_copy_in_a_base_that_was_loaded_again(
@@ -506,6 +512,6 @@ def test_who_is_forgotten_leaves_no_copy_in_a_base_that_was_loaded_again(
     service.cache.drop(sources["default"])  # as a full cache does, which takes the base before the adapter over it
     draw(service, "ada")
     with service.lease(sources["default"]) as model:
-        assert len(model.base.unet.warm()) == 1
+        assert len(slotted(model).unet.warm()) == 1
         service.forget("ada")
-        assert model.base.unet.warm() == model.base.texts._slots.warm() == []
+        assert slotted(model).unet.warm() == slotted(model).texts._slots.warm() == []

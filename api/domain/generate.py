@@ -85,7 +85,8 @@ def _save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
         raise
     timings = generation.timings.model_dump()
     timings["queue"] += drawn.waited_seconds
-    warnings = [SENSITIVE_WARNING] if job.sensitive and generation.unread else generation.warnings
+    cut = [SENSITIVE_WARNING, *generation.notes]
+    warnings = cut if job.sensitive and generation.unread else generation.warnings
     return Finished(
         images,
         generation.model_id,

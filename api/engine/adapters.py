@@ -9,7 +9,7 @@ for what cannot ride along so, and live as long as the drawing that uses them.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -127,7 +127,7 @@ def _read(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Ada
     layers = {component: _layers(getattr(pipeline, component)) for component in COMPONENTS}
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     with safe_open(file, framework="pt") as tensors:
-        alphas = _read_alphas(file, tensors.metadata() or {})
+        alphas = read_alphas(file, tensors.metadata() or {}, COMPONENTS)
         for key in tensors.keys():  # noqa: SIM118 - not a dict
             component, layer, role = _parse(key, layers)
             factors.setdefault((component, layer), {})[role] = tensors.get_tensor(key)
@@ -160,10 +160,15 @@ def _layers(model: nn.Module) -> dict[str, tuple[str, Layer]]:
     return {name.replace(".", "_"): (name, layer) for name, layer in layers}
 
 
-def _parse(key: str, layers: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[str, str, str]:
-    """Returns the component, layer and role ("A", "B" or "alpha") that a key of the file names."""
+def refuse_dora(key: str) -> None:
+    """Raises ModelUnavailable when a key of the file is a DoRA's."""
     if "dora_scale" in key or "lora_magnitude_vector" in key:
         raise ModelUnavailable(f"the adapter is a DoRA ({key}), which is not supported", "Train it as a plain LoRA.")
+
+
+def _parse(key: str, layers: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[str, str, str]:
+    """Returns the component, layer and role ("A", "B" or "alpha") that a key of the file names."""
+    refuse_dora(key)
     for ending, role in ENDINGS:
         if not key.endswith(ending):
             continue
@@ -178,7 +183,7 @@ def _parse(key: str, layers: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[s
 
 
 @dataclass(frozen=True)
-class _Alphas:
+class Alphas:
     """The alphas of a component whose file keeps them beside the tensors, as peft and diffusers do."""
 
     alpha: float | None = None
@@ -186,7 +191,7 @@ class _Alphas:
     rank_stabilized: bool = False
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> "_Alphas":
+    def of(cls, config: dict[str, Any]) -> "Alphas":
         """Reads the fields of a peft LoraConfig."""
         if config.get("use_dora"):
             raise ModelUnavailable("the adapter is a DoRA, which is not supported", "Train it as a plain LoRA.")
@@ -206,16 +211,16 @@ class _Alphas:
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
-def _read_alphas(file: Path, metadata: dict[str, str]) -> dict[str, _Alphas]:
+def read_alphas(file: Path, metadata: dict[str, str], components: Iterable[str]) -> dict[str, Alphas]:
     """Reads peft's adapter_config.json beside the file, or diffusers' metadata inside it, for each component."""
     try:
         if (beside := file.with_name("adapter_config.json")).is_file():
             config = json.loads(beside.read_bytes())
-            return {component: _Alphas.of(config) for component in COMPONENTS}
+            return {component: Alphas.of(config) for component in components}
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        prefixes = {component: f"{component}." for component in COMPONENTS}
+        prefixes = {component: f"{component}." for component in components}
         return {
-            component: _Alphas.of({name.removeprefix(p): value for name, value in config.items() if name.startswith(p)})
+            component: Alphas.of({name.removeprefix(p): value for name, value in config.items() if name.startswith(p)})
             for component, p in prefixes.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
@@ -227,7 +232,7 @@ def _delta(
     layer: str,
     roles: dict[str, torch.Tensor],
     layers: dict[str, tuple[str, Layer]],
-    alphas: _Alphas,
+    alphas: Alphas,
     strength: float,
 ) -> LayerDelta:
     name, module = layers[layer]

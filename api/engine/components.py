@@ -2,28 +2,43 @@
 
 import threading
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from torch import nn
+from transformers import PreTrainedModel
 
 from api.config import Settings
 from api.engine.sources import TENSOR_COMPONENTS, FoundBase, check_folder
+from api.engine.text2image import read_index
 from api.engine.weights import TensorPool, loading, read_header
 from api.errors import ModelUnavailable
 
 # While they load, diffusers, transformers and accelerate change torch itself (`nn.Module.register_parameter`,
 # the initialisers, the default dtype): two loads at once leave weights on "meta", in this model or the next.
-_ONE_LOAD = threading.Lock()
+ONE_LOAD = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where models live and in which precision: `dtype`, but the decoder in `vae_dtype`."""
+    """Where models live and in which precision: `dtype`, but the decoder in `vae_dtype`.
+
+    A pipeline that is not Stable Diffusion's hands latents to its decoder as they are, so that all of it has one
+    precision: `stock_dtype`, or `dtype` where that is None.
+    """
 
     device: str
     dtype: torch.dtype
     vae_dtype: torch.dtype
+    stock_dtype: torch.dtype | None = None
+
+    @property
+    def one_dtype(self) -> torch.dtype:
+        """The precision of a pipeline that has but one."""
+        return self.stock_dtype or self.dtype
 
 
 def choose_placement(settings: Settings) -> Placement:
@@ -37,7 +52,9 @@ def choose_placement(settings: Settings) -> Placement:
         dtype = getattr(torch, settings.dtype)
         return Placement(device, dtype, dtype)
     if device != "cpu":
-        return Placement(device, torch.float16, torch.float16)
+        # Most other models were trained in bfloat16, and leave the range of float16.
+        bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return Placement(device, torch.float16, torch.float16, torch.bfloat16 if bfloat16 else None)
     # The sampler's sums are float32 all the same: of the bundled model's pictures as many are as asked for. Its decoder
     # is left alone, as bfloat16 moves smooth colours by eight levels of 255.
     return Placement(device, torch.bfloat16 if _multiplies_bfloat16() else torch.float32, torch.float32)
@@ -55,7 +72,7 @@ def load_pipeline(found: FoundBase, placement: Placement, pool: TensorPool) -> S
     Raises:
         ModelUnavailable: a file is missing, corrupt, a pickle, or of a pipeline that is not supported.
     """
-    with loading(found.name, found.path), _ONE_LOAD:
+    with loading(found.name, found.path), ONE_LOAD:
         pipeline = _load_folder(found.path) if found.config is None else _load_file(found.path, found.config)
         _make_ready(pipeline, placement, pool)
     return pipeline
@@ -100,3 +117,54 @@ def _make_ready(pipeline: StableDiffusionPipeline, placement: Placement, pool: T
             module.to(memory_format=torch.channels_last)  # convolutions read it faster, the decoder's by a third
             pool.share(name, module)
     pipeline.tokenizer = pool.share_tokenizer(pipeline.tokenizer)
+
+
+def load_stock(found: FoundBase, placement: Placement, pool: TensorPool) -> DiffusionPipeline:
+    """Returns a pipeline of any other kind than Stable Diffusion's, as `load_pipeline` does.
+
+    Its models come one after the other, so that one of them at a time is in memory in float32.
+    """
+    with loading(found.name, found.path), ONE_LOAD:
+        check_folder(found.path)
+        index = read_index(found.path)
+        models: dict[str, Any] = {}
+        for name, kind in index.models.items():
+            models[name] = _load_model(kind, found.path / name)
+            _place(models[name], placement)
+            pool.share(name, models[name])
+        pipeline = index.kind.from_pretrained(
+            found.path, **models, **dict.fromkeys(index.absent), use_safetensors=True, local_files_only=True
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline.vae, "enable_slicing"):
+        pipeline.vae.enable_slicing()  # as in Stable Diffusion's
+    return pipeline
+
+
+def _load_model(kind: Any, folder: Path) -> nn.Module:
+    model: nn.Module
+    model, told = kind.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if told["missing_keys"]:  # drawn at random
+        raise ModelUnavailable(
+            f"{folder.parent.name}/{folder.name} has no {min(told['missing_keys'])}", "Copy or download it again."
+        )
+    return model
+
+
+def _place(model: Any, placement: Placement) -> None:
+    """Moves a model to its device, in the precision that a load in that precision gives each of its tensors.
+
+    That is not what `to` does: tables that are computed and not stored stay as exact as they are, and so do layers of
+    which the model says that they must.
+    """
+    dtype, stored = placement.one_dtype, model.state_dict().keys()
+    exact = set(model._keep_in_fp32_modules or ())
+    if isinstance(model, PreTrainedModel):  # whose plain list is for float16 alone
+        exact = (exact if dtype == torch.float16 else set()) | set(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        must_stay = any(f".{part}." in f".{name}." for part in exact)
+        if name in stored and tensor.is_floating_point() and not must_stay:
+            tensor.data = tensor.data.to(dtype)
+    model.requires_grad_(False).eval().to(placement.device)

@@ -3,10 +3,12 @@
 import gc
 import math
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import diffusers
 import psutil
@@ -19,10 +21,16 @@ from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.cache import Loaded
-from api.engine.pipeline import Drawing, OnStep, draw
+from api.engine.pipeline import Drawing, OnStep, draw, draw_stock
 from api.engine.sources import FoundBase
+from api.engine.stock import StockBase
+from api.engine.stock_adapters import StockAdapter, load_stock_adapter
+from api.engine.text2image import STABLE_DIFFUSION
 from api.errors import DeviceLost, ModelUnavailable, OutOfMemory
 from api.schemas import GenerateRequest
+
+AnyBase: TypeAlias = Base | StockBase
+AnyAdapter: TypeAlias = Adapter | StockAdapter
 
 HOST_SHARE = 0.5
 GPU_SHARE = 0.7
@@ -41,11 +49,12 @@ class Engine:
         diffusers.utils.logging.set_verbosity_error()  # whatever the environment says: its warnings quote prompts
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)  # said of its own call
         self._pool = weights.TensorPool()
         self._placement = components.choose_placement(settings)
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
-        self._bases: weakref.WeakSet[Base] = weakref.WeakSet()
+        self._bases: weakref.WeakSet[Base] = weakref.WeakSet()  # those with slots
         self._counting = threading.Lock()  # of them
         self._batch = Batch(settings.batch_rows, self.free_memory)
 
@@ -101,23 +110,39 @@ class Engine:
 
     def base_bytes(self, found: FoundBase) -> dict[str, int]:
         """Returns device → bytes that loading the base takes: float32 on the host first, then its place."""
+        if found.pipeline != STABLE_DIFFUSION:
+            return self._stock_bytes(found)
         values = sources.count_values(found.path)
         on_host = {"cpu": torch.float32.itemsize * values}
         return on_host if self.device == "cpu" else {**on_host, self.device: self._placement.dtype.itemsize * values}
+
+    def _stock_bytes(self, found: FoundBase) -> dict[str, int]:
+        """As `base_bytes`: in float32 is one of its models at a time."""
+        values = sources.values_by_component(found.path).values()
+        itemsize = self._placement.one_dtype.itemsize
+        placed, largest = itemsize * sum(values), torch.float32.itemsize * max(values)
+        if self.device != "cpu":
+            return {"cpu": largest, self.device: placed}
+        return {"cpu": placed if itemsize == torch.float32.itemsize else placed + largest}
 
     def is_downloaded(self, source: ModelSource) -> bool:
         """Whether the base is on this disk, so that loading it asks no hub."""
         return sources.is_downloaded(source)
 
-    def load_base(self, found: FoundBase) -> Loaded[Base]:
+    def load_base(self, found: FoundBase) -> Loaded[AnyBase]:
         """Returns the base, on the device. Raises ModelUnavailable, OutOfMemory or DeviceLost."""
+        base: AnyBase
         with self._told_apart():
-            pipeline = components.load_pipeline(found, self._placement, self._pool)
-            base = Base(pipeline, slots=self._settings.batch_rows)
-        with self._counting:
-            self._bases.add(base)
-        modules = (getattr(pipeline, name) for name in sources.TENSOR_COMPONENTS)
-        tensors = (tensor for module in modules if module is not None for tensor in weights.tensors_of(module))
+            if found.pipeline == STABLE_DIFFUSION:
+                pipeline = components.load_pipeline(found, self._placement, self._pool)
+                base = Base(pipeline, slots=self._settings.batch_rows)
+            else:
+                base = StockBase(components.load_stock(found, self._placement, self._pool))
+        if isinstance(base, Base):
+            with self._counting:
+                self._bases.add(base)
+        modules = (part for part in base.pipeline.components.values() if isinstance(part, torch.nn.Module))
+        tensors = (tensor for module in modules for tensor in weights.tensors_of(module))
         return Loaded(base, weights.storages_of(tensors))
 
     def find_adapter(self, source: ModelSource) -> Path:
@@ -125,11 +150,22 @@ class Engine:
         assert source.lora is not None
         return find_adapter_file(locate(source.lora))
 
-    def load_adapter(self, file: Path, base: Base, strength: float) -> Loaded[Adapter]:
-        """Returns the LoRA in `file`, checked against its base, on the host.
+    def adapter_bytes(self, file: Path, base: AnyBase) -> dict[str, int]:
+        """Returns device → bytes that loading the LoRA in `file` takes."""
+        return {"cpu" if isinstance(base, Base) else self.device: file.stat().st_size}
+
+    def load_adapter(self, file: Path, base: AnyBase, strength: float) -> Loaded[AnyAdapter]:
+        """Returns the LoRA in `file`, checked against its base.
+
+        It is on the host, or on the device if its base is drawn by the stock call.
 
         Raises ModelUnavailable, OutOfMemory or DeviceLost.
         """
+        if isinstance(base, StockBase):
+            with self._told_apart():
+                changed = load_stock_adapter(file, base.pipeline, strength)
+            # The base's own weights are among its tensors: it keeps them in memory even when its base has left.
+            return Loaded(changed, weights.storages_of(changed.tensors()))
         with self._told_apart():
             adapter = load_adapter(file, base.pipeline, strength)
 
@@ -141,8 +177,8 @@ class Engine:
 
     def draw(
         self,
-        base: Base,
-        adapter: Adapter | None,
+        base: AnyBase,
+        adapter: AnyAdapter | None,
         request: GenerateRequest,
         seed: int,
         on_step: OnStep,
@@ -153,6 +189,10 @@ class Engine:
         Raises OutOfMemory and DeviceLost besides.
         """
         with self._told_apart():
+            if isinstance(base, StockBase):
+                assert not isinstance(adapter, Adapter)  # it was loaded for this base
+                return draw_stock(base, adapter, request, seed, on_step, check)
+            assert not isinstance(adapter, StockAdapter)
             return draw(base, adapter, request, seed, self._batch, on_step, check)
 
     def close(self) -> None:

@@ -2,18 +2,21 @@
 
 The batch draws what it can: base, adapter and sampler of every request in one forward with those of others. A LoRA that
 does not fit its slots, and a request that shall not depend on its neighbours, have a copy of the UNet's tree to
-themselves there (exact). What the step loop cannot do at all is left to diffusers' own call (stock).
+themselves there (exact). What the step loop cannot do at all is left to diffusers' own call (stock), and so is every
+base that is no Stable Diffusion.
 """
 
 import copy
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -21,10 +24,15 @@ from api.engine import sampler, stock
 from api.engine.adapters import Adapter
 from api.engine.base import Base
 from api.engine.batch import Batch, Task
-from api.engine.preview import fitted, preview
+from api.engine.preview import fitted, preview, shows
 from api.engine.sampler import Schedule
+from api.engine.stock import StockBase
+from api.engine.stock_adapters import StockAdapter
 from api.errors import BadPicture, Blocked, ModelUnavailable
 from api.schemas import GenerateRequest, Lane
+
+LOST = "the model lost its way: the latents are not finite"
+NO_PIXELS = "the decoder's pixels are not finite"
 
 _decoding = threading.Lock()  # one at a time, so that the decoder's peak stays that of one
 _stock_call = threading.Lock()
@@ -33,11 +41,14 @@ CHECK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Step:
-    """A denoising step that is done: `done` of `of`, and what the first picture looks like, as a small JPEG."""
+    """A denoising step that is done: `done` of `of`, and what the first picture looks like, as a small JPEG.
+
+    `preview` returns None where the latents do not show that.
+    """
 
     done: int
     of: int
-    preview: Callable[[], bytes]
+    preview: Callable[[], bytes | None]
 
 
 OnStep = Callable[[Step], None]
@@ -54,6 +65,7 @@ class Drawing:
         device_seconds: its share of the time that the device took for it.
         decode_seconds: from latents to pixels.
         unread: what of the prompts was not read, by field of the request.
+        notes: what else of the request the model could not do, in sentences for people.
     """
 
     images: list[Image.Image]
@@ -62,6 +74,7 @@ class Drawing:
     device_seconds: float
     decode_seconds: float
     unread: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,45 @@ def draw(
         done - started,
         denoised.device_seconds + decode_seconds,
         decode_seconds,
-        _unread(base, request),
+        _unread(base.texts.beyond, request),
+    )
+
+
+def draw_stock(
+    base: StockBase,
+    adapter: StockAdapter | None,
+    request: GenerateRequest,
+    seed: int,
+    on_step: OnStep,
+    check: Callable[[], None] = lambda: None,
+) -> Drawing:
+    """Returns the pictures of `request` by a base that is no Stable Diffusion, as `draw` does."""
+    ended = started = time.perf_counter()
+
+    def stepped(done: int, of: int, latents: Tensor) -> None:
+        nonlocal ended
+        if not torch.isfinite(latents).all():
+            raise BadPicture(LOST)
+        ended = time.perf_counter()
+        vae = base.pipeline.vae
+        on_step(Step(done, of, partial(preview, latents[0], vae) if shows(latents, vae) else lambda: None))
+
+    with torch.inference_mode(), _one_stock_call(check):
+        began = time.perf_counter()
+        pixels = stock.pictures(base, adapter, request, _generators(request, seed), stepped)
+        if not torch.isfinite(pixels).all():
+            raise BadPicture(NO_PIXELS)
+        unread = _unread(partial(stock.beyond, base), request)
+    images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
+    done = time.perf_counter()
+    return Drawing(
+        [sized(image, request.width, request.height) for image in images],
+        "stock",
+        ended - started,
+        done - began,
+        done - ended,
+        unread,
+        stock.notes(base, request),
     )
 
 
@@ -182,12 +233,19 @@ def _by_stock_call(
     check: Callable[[], None],
 ) -> _Denoised:
     size = drawn_size(base.pipeline, request.width, request.height)
-    while not _stock_call.acquire(timeout=CHECK_SECONDS):
-        check()
-    try:
+    with _one_stock_call(check):
         began = time.perf_counter()
         latents = stock.draw(base.pipeline, adapter, request, size, _generators(request, seed), stepped)
         return _Denoised(latents, "stock", time.perf_counter() - began)
+
+
+@contextmanager
+def _one_stock_call(check: Callable[[], None]) -> Iterator[None]:
+    """Waits until nobody else is in the stock lane, calling `check` now and then."""
+    while not _stock_call.acquire(timeout=CHECK_SECONDS):
+        check()
+    try:
+        yield
     finally:
         _stock_call.release()
 
@@ -214,24 +272,24 @@ def sized(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _unread(base: Base, request: GenerateRequest) -> dict[str, str]:
-    """Returns the end of each prompt that is longer than the text encoder reads."""
+def _unread(beyond: Callable[[str], str], request: GenerateRequest) -> dict[str, str]:
+    """Returns the end of each prompt that the model does not read, of which `beyond` tells."""
     texts = {"prompt": request.prompt}
     if request.negative_prompt and request.guidance_scale > 1:
         texts["negative_prompt"] = request.negative_prompt
-    return {field: end for field, text in texts.items() if (end := base.texts.beyond(text))}
+    return {field: end for field, text in texts.items() if (end := beyond(text))}
 
 
 def _decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:
     """Returns the pictures of `latents` (pictures, channels, h/f, w/f)."""
     if not torch.isfinite(latents).all():
-        raise BadPicture("the model lost its way: the latents are not finite")
+        raise BadPicture(LOST)
     scaled = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
     pixels = pipeline.vae.decode(scaled, return_dict=False)[0]
     if not torch.isfinite(pixels).all():  # known of SD's decoder in float16: once more in float32
         pixels = copy.deepcopy(pipeline.vae).float().decode(scaled.float(), return_dict=False)[0]
     if not torch.isfinite(pixels).all():
-        raise BadPicture("the decoder's pixels are not finite")
+        raise BadPicture(NO_PIXELS)
     _, unsafe = pipeline.run_safety_checker(pixels, pixels.device, pipeline.unet.dtype)
     if unsafe and any(unsafe):
         raise Blocked("the model's safety checker refused the picture")

@@ -6,6 +6,7 @@ colour is linear. Others fit it by hand (https://discuss.huggingface.co/t/decodi
 
 import io
 import threading
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +38,18 @@ def preview(latents: Tensor, vae: AutoencoderKL) -> bytes:
     return buffer.getvalue()
 
 
+def shows(latents: Tensor, vae: Any) -> bool:
+    """Whether `preview` can tell from `latents` (pictures, channels, h, w) what they look like.
+
+    Not of those packed into patches, scaled channel by channel, or of another autoencoder; nor where the autoencoder
+    leaves the range of its own precision.
+    """
+    if not isinstance(vae, AutoencoderKL) or getattr(vae.config, "latents_mean", None) is not None:
+        return False
+    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    return latents.dim() == 4 and latents.shape[1] == vae.config.latent_channels and not overflows
+
+
 def fitted(vae: AutoencoderKL) -> Tensor:
     """Returns the map of `vae`, (channels + 1, 3) with the constant last, fitting it the first time."""
     if (known := _maps.get(vae)) is not None:  # without a wait for whoever fits another
@@ -53,7 +66,8 @@ def _fit(vae: AutoencoderKL) -> Tensor:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     colours = torch.rand(PICTURES, 3, PATCHES, PATCHES, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pictures = interpolate(colours, scale_factor=2.0 * factor, mode="nearest")
-    encoded = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+    latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean
+    encoded = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     cells = encoded.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
     known = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)
     wanted = interpolate(colours, scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1).flatten(0, 2)

@@ -19,29 +19,34 @@ from huggingface_hub.errors import (
 )
 
 from api.config import ModelSource, Settings, locate
+from api.engine.text2image import STABLE_DIFFUSION, read_index, samplers, size_step
 from api.engine.weights import SAFETENSORS_HINT, read_header
-from api.errors import ModelUnavailable, UnsupportedSize
+from api.errors import InvalidRequest, ModelUnavailable, UnsupportedSize
 
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 TENSOR_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker")
-TRUSTED_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
 COMMIT = re.compile("[0-9a-f]{40}")
-VARIANT = re.compile(r"\.(fp16|bf16|non_ema)\.")
-# A hub repository often holds each weight several times: pickles, half precision, and whole files at the root.
-CONFIG_FILES = ["*.json", "*/*.txt"]
-WEIGHT_FILES = ["*/*.safetensors"]
-HUB_DUPLICATES = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
+VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
+# A hub repository often holds each weight several times: pickles, half precision, whole files at the root, and other
+# programs' folders.
+CONFIG_FILES = ["*.json", "*/*.txt", "*/*.jinja"]
+HUB_DUPLICATES = ["*.fp16[.-]*", "*.bf16[.-]*", "*.non_ema.*"]
 USUAL_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass(frozen=True)
 class FoundBase:
-    """A base on this disk: a diffusers folder, or a weight file and the folder with its shapes and tokenizer."""
+    """A base on this disk: a diffusers folder, or a weight file and the folder with its shapes and tokenizer.
+
+    `pipeline` is its class in diffusers; `samplers` are those that a request may name, None for any.
+    """
 
     name: str
     path: Path
     config: Path | None = None
     size_step: int = 8
+    pipeline: str = STABLE_DIFFUSION
+    samplers: frozenset[str] | None = None
 
     def check_size(self, width: int, height: int) -> None:
         """Raises UnsupportedSize, naming the nearest size, when the model cannot draw `width` × `height` pixels."""
@@ -53,6 +58,18 @@ class FoundBase:
                 f"The nearest size is {nearest}.",
             )
 
+    def check_scheduler(self, name: str | None) -> None:
+        """Raises InvalidRequest when the model cannot draw with the sampler that a request names.
+
+        Refused, and not drawn with another: who names a sampler compares pictures, and would take these for its own.
+        """
+        if name is None or self.samplers is None or name in self.samplers:
+            return
+        others = f" It can draw with {', '.join(sorted(self.samplers))}." if self.samplers else ""
+        raise InvalidRequest(
+            f"this model cannot draw with the scheduler {name}", f"Leave it out: the model has its own.{others}"
+        )
+
 
 def find_base(source: ModelSource, settings: Settings) -> FoundBase:
     """Returns the base on this disk; what is on the hub is downloaded first.
@@ -61,32 +78,28 @@ def find_base(source: ModelSource, settings: Settings) -> FoundBase:
         ModelUnavailable: it is not there or not safetensors, or the hub cannot be reached or says no.
     """
     if source.hub_id is not None:
-        path = _fetch(*source.hub_id, settings)
-        return FoundBase(source.base, path, size_step=_size_step(path))
+        return _in_folder(source.base, _fetch(*source.hub_id, settings))
     path = locate(source.base)
     if not path.exists():
         raise ModelUnavailable(f"{source.base} is not there", "Check its entry in USER_MODELS.")
     if path.is_dir():
         _refuse_lora(source, path)
-        return FoundBase(source.base, path, size_step=_size_step(path))
+        return _in_folder(source.base, path)
     read_header(path)  # before a configuration is fetched for what is no checkpoint
     config = _find_config(source, settings)
-    return FoundBase(source.base, path, config, _size_step(config))
+    return FoundBase(source.base, path, config, size_step(config))
+
+
+def _in_folder(name: str, folder: Path) -> FoundBase:
+    index = read_index(folder)
+    fitting = None if index.pipeline == STABLE_DIFFUSION else samplers(folder, index)
+    return FoundBase(name, folder, size_step=size_step(folder), pipeline=index.pipeline, samplers=fitting)
 
 
 def _refuse_lora(source: ModelSource, folder: Path) -> None:
     if not (folder / "model_index.json").exists() and any((folder / name).is_file() for name in LORA_FILES):
         hint = f'Name the base that it is for: {{"base": "models/demo", "lora": "{source.base}"}}.'
         raise ModelUnavailable(f"{source.base} is a LoRA, not a whole model", hint)
-
-
-def _size_step(folder: Path) -> int:
-    """Returns the pixels that one latent spans, by the autoencoder's levels; at least diffusers' own 8."""
-    try:
-        config = json.loads((folder / "vae" / "config.json").read_bytes())
-        return int(max(8, 2 ** (len(config["block_out_channels"]) - 1)))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ModelUnavailable(f"{folder.name}/vae/config.json cannot be read") from error
 
 
 def _find_config(source: ModelSource, settings: Settings) -> Path:
@@ -149,10 +162,15 @@ def _downloaded(name: str, revision: str | None, *, with_weights: bool = True) -
 
 
 def _snapshot(name: str, revision: str | None, with_weights: bool, **access: Any) -> Path:
-    files = [*CONFIG_FILES, *WEIGHT_FILES] if with_weights else CONFIG_FILES
-    return Path(
-        snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=HUB_DUPLICATES, **access)
-    )
+    def snapshot(files: list[str]) -> Path:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=HUB_DUPLICATES, **access)
+        )
+
+    folder = snapshot(CONFIG_FILES)
+    if with_weights:  # of what is going to be loaded, which is refused before gigabytes come
+        folder = snapshot([f"{component}/*.safetensors" for component in read_index(folder).models])
+    return folder
 
 
 def count_values(path: Path) -> int:
@@ -161,7 +179,15 @@ def count_values(path: Path) -> int:
     Raises:
         ModelUnavailable: a file is not whole.
     """
-    files = [path] if path.is_file() else [file for name in TENSOR_COMPONENTS for file in weight_files(path / name)]
+    return _count([path]) if path.is_file() else sum(values_by_component(path).values())
+
+
+def values_by_component(folder: Path) -> dict[str, int]:
+    """Returns how many values the weights of each component hold, as `count_values` does."""
+    return {name: _count(weight_files(folder / name)) for name in read_index(folder).models}
+
+
+def _count(files: list[Path]) -> int:
     headers = (read_header(file) for file in files)
     shapes = (tensor["shape"] for header in headers for name, tensor in header.items() if name != "__metadata__")
     return sum(math.prod(shape) for shape in shapes)
@@ -170,33 +196,49 @@ def count_values(path: Path) -> int:
 def check_folder(folder: Path) -> dict[str, set[str]]:
     """Checks a diffusers folder without loading it; returns component → the names of its tensors.
 
-    What is checked: the classes that it asks for, that each weight file is whole, and that a tokenizer is there.
+    What is checked: the classes that it asks for, that it asks for no code, that each weight file is there and whole,
+    and that each tokenizer is there.
 
     Raises:
         ModelUnavailable: the first thing that is wrong.
     """
-    try:
-        index: dict[str, Any] = json.loads((folder / "model_index.json").read_bytes())
-        components = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
-        pipeline_class, libraries = index["_class_name"], {part[0] for part in components.values()}
-    except FileNotFoundError as error:
-        raise ModelUnavailable(f"{folder.name} has no model_index.json: it is not a diffusers folder") from error
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ModelUnavailable(f"{folder.name}/model_index.json cannot be read") from error
-    if pipeline_class != "StableDiffusionPipeline":
-        raise ModelUnavailable(f"{folder.name} is a {pipeline_class}", "StableDiffusionPipeline models are supported.")
-    if foreign := libraries - TRUSTED_LIBRARIES:
-        raise ModelUnavailable(f"{folder.name} wants code from {min(map(str, foreign))}, which is refused")
-    stored: dict[str, set[str]] = {}
-    for name in TENSOR_COMPONENTS:
-        if name not in components:
-            continue
-        headers = [read_header(file) for file in weight_files(folder / name)]
-        if not headers:
-            raise ModelUnavailable(f"{folder.name}/{name} has no safetensors file", SAFETENSORS_HINT)
-        stored[name] = set().union(*headers)
-    tokenizer = folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "vocab.json").is_file():
-        # transformers makes an empty one: every prompt would read alike.
-        raise ModelUnavailable(f"{folder.name}/tokenizer has neither tokenizer.json nor vocab.json")
+    index = read_index(folder)
+    for name in index.components:
+        _refuse_code(folder, name)
+    stored = {name: _stored(folder, name) for name in index.models}
+    for name in index.text_readers:
+        if not any((folder / name / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            # transformers makes an empty one: every prompt would read alike. It does not read SentencePiece's alone.
+            hint = "Save it again with transformers and sentencepiece installed, which makes a tokenizer.json of it."
+            raise ModelUnavailable(f"{folder.name}/{name} has neither tokenizer.json nor vocab.json", hint)
     return stored
+
+
+def _refuse_code(folder: Path, component: str) -> None:
+    """Refuses what transformers would follow out of the folder: code in it, or another model that it only changes."""
+    for file in sorted((folder / component).glob("*config.json")):
+        try:
+            config = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelUnavailable(f"{folder.name} does not load: {component}/{file.name} cannot be read") from error
+        if file.name == "adapter_config.json" or (isinstance(config, dict) and "auto_map" in config):
+            raise ModelUnavailable(f"{folder.name}/{component} wants code or weights from elsewhere, which is refused")
+
+
+def _stored(folder: Path, component: str) -> set[str]:
+    """Returns the names of the tensors of a component, from the headers of its files."""
+    files = weight_files(folder / component)
+    if not files:
+        raise ModelUnavailable(f"{folder.name}/{component} has no safetensors file", SAFETENSORS_HINT)
+    if missing := _shards(folder, component) - {file.name for file in files}:
+        raise ModelUnavailable(f"{folder.name}/{component} has no {min(missing)}", "Copy or download it again.")
+    return set().union(*(read_header(file) for file in files))
+
+
+def _shards(folder: Path, component: str) -> set[str]:
+    """Returns the names of the files that a component's weights are said to lie in, if they are in several."""
+    try:
+        indices = [json.loads(file.read_bytes()) for file in (folder / component).glob("*.safetensors.index.json")]
+        return {str(file) for index in indices for file in index["weight_map"].values()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelUnavailable(f"{folder.name} does not load: {component}'s index cannot be read") from error

@@ -91,7 +91,7 @@ async def generate_json(request: JobBody, client: ClientDep, idempotency_key: Id
                 "X-Seed": {"description": "The seed that draws it again.", "schema": {"type": "integer"}},
                 "X-Job-Id": {"description": "Its job.", "schema": {"type": "string"}},
                 "X-Warning": {
-                    "description": "Only where a prompt was too long to be read whole; its job says which words.",
+                    "description": "Only where a prompt was cut or the model cannot do all that was asked; see its job",
                     "schema": {"type": "string"},
                 },
             },
@@ -112,7 +112,8 @@ async def generate_png(request: JobBody, client: ClientDep, idempotency_key: Ide
         "X-Job-Id": done.seen.job.id,
     }
     if done.seen.job.warnings:
-        headers["X-Warning"] = f"a prompt was too long to be read whole: GET /jobs/{done.seen.job.id} says more"
+        why = "a prompt was too long to be read whole, or the model cannot do all that was asked"
+        headers["X-Warning"] = f"{why}: GET /jobs/{done.seen.job.id} says more"
     return Response(done.pngs[0], media_type="image/png", headers=headers)
 
 

@@ -138,8 +138,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "index is too deep": (replace("model_index.json", b"[" * 100_000), "model_index.json cannot be read"),
     "index without class": (index(lambda i: i.pop("_class_name")), "model_index.json cannot be read"),
     "another pipeline": (
-        index(lambda i: i.update(_class_name="StableDiffusionXLPipeline")),
-        "broken is a StableDiffusionXLPipeline",
+        index(lambda i: i.update(_class_name="StableDiffusionInpaintPipeline")),
+        "broken is a StableDiffusionInpaintPipeline",
     ),
     "own pipeline code": (index(lambda i: i.update(_class_name=["my_code", "StableDiffusionPipeline"])), "my_code"),
     "foreign library": (index(lambda i: i.update(unet=["os", "system"])), "code from os, which is refused"),

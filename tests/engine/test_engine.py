@@ -87,6 +87,7 @@ def test_a_containers_limit_bounds_what_is_free(
 
 def test_a_base_leaves_no_copy_of_its_weights_uncounted(engine: Engine, base_folder: Path) -> None:
     loaded = engine.load_base(FoundBase("base", base_folder))
+    assert isinstance(loaded.value, Base)
     modules = (loaded.value.unet.module, loaded.value.texts._slots.module)
     copies = storages_of(tensor for module in modules for tensor in tensors_of(module))
     assert copies.keys() <= loaded.sizes.keys()
@@ -98,15 +99,23 @@ def lora(base: Base, folder: Path, seed: int = 5) -> Path:
     return builders.diffusers_lora(folder / f"{seed}.safetensors", unet, text)
 
 
+def loaded_base(engine: Engine, folder: Path) -> Base:
+    base = engine.load_base(FoundBase("base", folder)).value
+    assert isinstance(base, Base)
+    return base
+
+
 def draw_with(engine: Engine, base: Base, adapter: Adapter | None) -> Drawing:
     return engine.draw(base, adapter, builders.request(), 7, lambda step: None)
 
 
 def test_an_adapter_that_is_dropped_leaves_its_base(engine: Engine, base_folder: Path, tmp_path: Path) -> None:
-    base = engine.load_base(FoundBase("base", base_folder)).value
+    base = loaded_base(engine, base_folder)
     ada, bo = (engine.load_adapter(lora(base, tmp_path, seed), base, 1.0) for seed in range(2))
-    for each in (ada, bo):
-        assert draw_with(engine, base, each.value).lane == "batch"
+    assert isinstance(ada.value, Adapter)
+    assert isinstance(bo.value, Adapter)
+    for each in (ada.value, bo.value):
+        assert draw_with(engine, base, each).lane == "batch"
     assert base.unet.warm() == [ada.value.key, bo.value.key]
     ada.on_drop()
     assert base.unet.warm() == base.texts._slots.warm() == [bo.value.key]
@@ -114,7 +123,7 @@ def test_an_adapter_that_is_dropped_leaves_its_base(engine: Engine, base_folder:
 
 
 def test_an_adapter_keeps_no_base_that_left_before_it(engine: Engine, base_folder: Path, tmp_path: Path) -> None:
-    base = engine.load_base(FoundBase("base", base_folder)).value
+    base = loaded_base(engine, base_folder)
     adapter = engine.load_adapter(lora(base, tmp_path), base, 1.0)
     left = weakref.ref(base)
     del base

@@ -339,9 +339,9 @@ def test_on_step_counts_from_one_to_the_last(easel: Easel) -> None:
 @pytest.mark.parametrize("config", [builders.SCHEDULER, NO_TABLE], ids=["batch", "stock"])
 def test_a_preview_comes_with_each_step(easel: Easel, config: dict[str, Any]) -> None:
     easel.pipeline.register_modules(scheduler=DDIMScheduler.from_config(config))
-    previews: list[bytes] = []
+    previews: list[bytes | None] = []
     easel.draw(num_inference_steps=3, on_step=lambda step: previews.append(step.preview()))
-    assert [jpeg[:2] for jpeg in previews] == [b"\xff\xd8"] * 3
+    assert [jpeg and jpeg[:2] for jpeg in previews] == [b"\xff\xd8"] * 3
     assert len(set(previews)) == 3
 
 

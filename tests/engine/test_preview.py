@@ -1,3 +1,4 @@
+import copy
 import io
 
 import numpy as np
@@ -15,13 +16,16 @@ def vae() -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(ROOT / "models" / "demo" / "vae", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("shift", [None, 0.7])
 @torch.no_grad()
-def test_a_preview_shows_the_colours_of_the_picture(vae: AutoencoderKL) -> None:
+def test_a_preview_shows_the_colours_of_the_picture(vae: AutoencoderKL, shift: float | None) -> None:
+    vae = copy.copy(vae)  # a map is fitted for each autoencoder
+    vae.register_to_config(shift_factor=shift)
     left, right = (0.8, -0.6, -0.6), (-0.7, -0.2, 0.9)
     picture = torch.empty(1, 3, 256, 512)
     picture[..., :256] = torch.tensor(left)[:, None, None]
     picture[..., 256:] = torch.tensor(right)[:, None, None]
-    latents = vae.encode(picture).latent_dist.mean[0] * vae.config.scaling_factor
+    latents = (vae.encode(picture).latent_dist.mean[0] - (shift or 0.0)) * vae.config.scaling_factor
     jpeg = Image.open(io.BytesIO(preview(latents, vae)))
     assert jpeg.format == "JPEG"
     assert jpeg.size == (LONGER_SIDE, LONGER_SIDE // 2)
