@@ -21,7 +21,7 @@ PLACES = ("forest", "city", "desert", "library", "harbour", "snowy street")
 
 @dataclass(frozen=True)
 class Run:
-    """What an arm made of some requests: the seconds of it all, those of every core, and the latency and PNG of each."""
+    """What an arm made of some requests: seconds in all and of every core, and the latency and PNG of each."""
 
     seconds: float
     cpu_seconds: float
