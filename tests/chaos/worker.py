@@ -109,9 +109,9 @@ class Faults:
         claim, on_step, draw, save = jobs.claim, worker._InHand.on_step, generate.draw, generate.save
         sync, end, publish = os.fsync, jobs._end, jobs.publish
 
-        async def claim_then(database: Database, *args: Any) -> Any:
+        async def claim_then(database: Database, *args: Any, **named: Any) -> Any:
             self._turn, self._loop = database._turn, asyncio.get_running_loop()
-            claims = await claim(database, *args)
+            claims = await claim(database, *args, **named)
             for got in claims:
                 self._job = got.job
                 await self.at("claimed")
