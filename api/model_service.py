@@ -175,9 +175,17 @@ class ModelService:
         return Memory(self.cache.count(), used, budgets, self.engine.slot_bytes())
 
     def check_device(self) -> None:
-        """Raises DeviceLost when nothing can be drawn any more; says nothing of an engine that has not started."""
-        if self._started.done() and self._started.exception() is None:
-            self.engine.check_device()
+        """Says nothing while the engine starts.
+
+        Raises:
+            DeviceLost: nothing can be drawn any more.
+            EngineUnavailable: the engine did not start.
+        """
+        if not self._started.done():
+            return
+        if (error := self._started.exception()) is not None:
+            raise EngineUnavailable(str(error))  # a fresh one: a traceback grows each time that it is raised
+        self.engine.check_device()
 
     @contextmanager
     def lease(self, source: ModelSource) -> Iterator[LeasedModel]:

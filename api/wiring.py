@@ -22,7 +22,7 @@ from api.domain.submit import Desk
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer
 from api.domain.worker import Worker
-from api.errors import DeviceLost
+from api.errors import DeviceLost, EngineUnavailable
 from api.model_service import ModelService
 from api.store.database import Database, migrate
 from api.store.files import PictureFolder
@@ -127,6 +127,8 @@ async def _end_without_device(service: Service) -> None:
             log.error(error.code, reason=error.detail)
             await service.worker.stop(0)  # what is in hand goes back to the queue
             os._exit(1)
+        except EngineUnavailable:
+            return  # it never started: readiness says so, and so does each job
 
 
 async def _keep_up(chore: Chore) -> None:

@@ -27,7 +27,7 @@ def anonymous_bytes(pid: int) -> int:
 @pytest.fixture
 def churning(tmp_path: Path) -> Iterator[Server]:
     users = {user: str(tiny.build(tmp_path / user, seed, CHANNELS)) for seed, user in enumerate(USERS)}
-    with Server(tmp_path, users, HOST_CACHE_GB=str(BUDGET_GB)) as server:
+    with Server(tmp_path, users, HOST_CACHE_GB=str(BUDGET_GB), DTYPE="float32") as server:
         yield server
 
 
