@@ -13,6 +13,7 @@ from typing import TextIO, cast
 import structlog
 
 from api.config import Settings
+from api.domain import once, privacy
 from api.domain.accounts import Accounts
 from api.domain.generate import Studio
 from api.domain.library import keep_swept
@@ -104,7 +105,12 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
     At the end of the block the jobs in hand are finished or put back.
     """
     deliverer = Deliverer(service.settings, service.database, service.vault, service.wake, service.metrics)
-    chores: list[Chore] = [deliverer.run, partial(keep_swept, service.pictures, service.database)]
+    chores: list[Chore] = [
+        deliverer.run,
+        partial(keep_swept, service.pictures, service.database),
+        partial(once.keep_forgetting, service.database),
+        partial(privacy.keep_forgetting, service.database, service.models),
+    ]
     if slots:
         chores += [partial(service.worker.run, slots), partial(_end_without_device, service)]
     tasks = [asyncio.create_task(_keep_up(chore)) for chore in chores]

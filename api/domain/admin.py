@@ -7,10 +7,12 @@ from typing import Any, Literal, get_args
 
 from pydantic import SecretStr
 from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import Settings
 from api.domain import keys, users
 from api.domain.accounts import Accounts, Caller
+from api.domain.once import Repeatable, once
 from api.errors import InvalidRequest, NotFound
 from api.store.database import Database
 from api.store.tables import Audit, Request, Usage, User, now
@@ -58,17 +60,23 @@ async def show_user(accounts: Accounts, user_id: str) -> UserDetail:
         user = await session.get(User, user_id)
         if user is None:
             raise NotFound(f"there is no user {user_id}")
-        left = await users.limits_left(accounts, session, user)
-        theirs = await keys.list_keys(session, user_id)
-        return UserDetail.model_validate({**_described(user), "left": left, "keys": theirs})
+        return await _detail(accounts, session, user)
 
 
-async def make_user(accounts: Accounts, caller: Caller, new: NewUser) -> UserDetail:
-    """Makes a user. Raises Conflict when the id or the login is taken."""
+async def _detail(accounts: Accounts, session: AsyncSession, user: User) -> UserDetail:
+    left = await users.limits_left(accounts, session, user)
+    theirs = await keys.list_keys(session, user.id)
+    return UserDetail.model_validate({**_described(user), "left": left, "keys": theirs})
+
+
+async def make_user(accounts: Accounts, caller: Caller, new: NewUser, request: Repeatable | None) -> UserDetail:
+    """Makes a user, once for each `request`. Raises Conflict when the id or the login is taken."""
     password = await accounts.passwords.hash(new.password.get_secret_value()) if new.password else None
-    async with accounts.database.transaction() as session:
-        await users.add_user(session, caller.name, new, password)
-    return await show_user(accounts, new.id)
+
+    async def make(session: AsyncSession) -> UserDetail:
+        return await _detail(accounts, session, await users.add_user(session, caller.name, new, password))
+
+    return await once(accounts.database, accounts.vault, request, UserDetail, make)
 
 
 async def change_user(accounts: Accounts, caller: Caller, user_id: str, change: UserChange) -> UserDetail:

@@ -1,15 +1,12 @@
 """The life of a job: its row in `requests` goes queued → running → succeeded, failed or cancelled.
 
 A worker owns a running job by the token of its claim. Each of its writes names the token, so one that lost the job
-writes nothing. It counts the row's heartbeat up while it lives; `Watchman` takes a job back whose heartbeat stood
-still for a lease on the watchman's own monotonic clock: no wall clock is compared with another.
+writes nothing. It counts the row's heartbeat up while it lives; see `crashes` for those whose heart stands still.
 """
 
-import math
 import secrets
-import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, CursorResult, Row, case, func, literal, literal_column, null, or_, select, update
@@ -19,11 +16,12 @@ from api.errors import SitterError
 from api.store.database import Database
 from api.store.tables import Delivery, Image, ImageTag, Moment, Queue, Request, Usage, User, now
 
-MAX_CRASHES = 3
 # As literals: only so do both databases see that an index of the queued or running rows alone will do.
 QUEUED = Request.status == literal_column("'queued'")
 RUNNING = Request.status == literal_column("'running'")
 ORDER = (Request.priority.desc(), Request.start_tag, Request.id)
+# What every end of a claim forgets and counts.
+ENDED_CLAIM: dict[str, Any] = {"token": None, "phase": None, "preview": None, "revision": Request.revision + 1}
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ async def beat(database: Database, claims: Iterable[tuple[Claim, Progress]]) -> 
             }
             if progress.preview is not None:
                 values |= {"preview": progress.preview, "preview_step": progress.preview_step}
-            beaten = _owned(claim.job.id, claim.token).values(values)
+            beaten = owned(claim.job.id, claim.token).values(values)
             wish = await session.scalar(beaten.returning(Request.cancel_requested))
             if wish is None:
                 lost.add(claim.token)
@@ -233,7 +231,7 @@ async def end_cancelled(database: Database, claim: Claim) -> bool:
 
 
 async def _end(session: AsyncSession, claim: Claim, **values: Any) -> bool:
-    ended = _owned(claim.job.id, claim.token).values(finished_at=now(), **_ENDED, **values)
+    ended = owned(claim.job.id, claim.token).values(finished_at=now(), **ENDED_CLAIM, **values)
     if not _changed(await session.execute(ended)):
         return False
     if claim.job.webhook_url:
@@ -247,7 +245,7 @@ async def release(database: Database, claim: Claim, reason: SitterError | None =
     Returns False when it is no longer this claim's.
     """
     async with database.transaction() as session:
-        return await _put_back(session, _owned(claim.job.id, claim.token), **_reason(reason))
+        return await put_back(session, owned(claim.job.id, claim.token), **reason_columns(reason))
 
 
 async def cancel(database: Database, job_id: str) -> bool:
@@ -278,7 +276,7 @@ async def _cancel(
     await session.execute(held.with_for_update())
     running = update(Request).where(which, RUNNING).values(cancel_requested=True, revision=Request.revision + 1)
     asked = list(await session.scalars(running.returning(Request.id)))
-    ended = update(Request).where(which, QUEUED).values(status="cancelled", **_ENDED)
+    ended = update(Request).where(which, QUEUED).values(status="cancelled", **ENDED_CLAIM)
     ended = ended.values(cancel_requested=True, finished_at=now())
     columns = (Request.id, Request.start_tag, Request.work, Request.priority, Request.webhook_url)
     rows = (await session.execute(ended.returning(*columns))).all()
@@ -298,84 +296,14 @@ async def _cancel(
     return [row.id for row in rows], asked
 
 
-@dataclass
-class Watchman:
-    """Takes back the jobs of workers that died or lost the database for longer than a lease.
-
-    Args:
-        database: where the jobs are.
-        lease_seconds: how long a heartbeat may stand still.
-    """
-
-    database: Database
-    lease_seconds: float
-    _seen: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)  # (id, token) → heartbeat, since
-    _looked: float = -math.inf
-
-    async def look(self, own: Collection[str]) -> list[str]:
-        """Looks once, leaving the claims whose tokens are in `own` alone; returns the ids of the jobs taken back."""
-        async with self.database.reading() as session:
-            running = select(Request.id, Request.token, Request.heartbeat).where(RUNNING)
-            rows = (await session.execute(running)).all()
-        moment = time.monotonic()
-        if moment - self._looked > self.lease_seconds / 2:
-            self._seen = {}  # it could not look: it was paused, or the database was away, and no worker could beat
-        self._looked = moment
-        seen: dict[tuple[str, str], tuple[int, float]] = {}
-        for job_id, token, heartbeat in rows:
-            assert token is not None  # a running job has one
-            known = self._seen.get((job_id, token))
-            seen[job_id, token] = known if known and known[0] == heartbeat else (heartbeat, moment)
-        self._seen = seen
-        lapsed = [
-            (job_id, token, heartbeat)
-            for (job_id, token), (heartbeat, since) in seen.items()
-            if token not in own and moment - since >= self.lease_seconds
-        ]
-        return [job_id for job_id, token, heartbeat in lapsed if await self._take_back(job_id, token, heartbeat)]
-
-    async def _take_back(self, job_id: str, token: str, heartbeat: int) -> bool:
-        async with self.database.transaction() as session:
-            return await _after_crash(session, job_id, _owned(job_id, token).where(Request.heartbeat == heartbeat))
-
-
-async def crashed(database: Database, claim: Claim) -> bool:
-    """Puts a job back that has ended its worker, or lets it fail if it did so too often.
-
-    Returns False when it is no longer this claim's.
-    """
-    async with database.transaction() as session:
-        return await _after_crash(session, claim.job.id, _owned(claim.job.id, claim.token))
-
-
-async def _after_crash(session: AsyncSession, job_id: str, owned: Any) -> bool:
-    dead = owned.where(Request.crashes + 1 >= MAX_CRASHES, Request.cancel_requested.is_(False)).values(
-        status="failed",
-        crashes=Request.crashes + 1,
-        finished_at=now(),
-        **_ENDED,
-        **_reason(SitterError(f"its worker died {MAX_CRASHES} times while drawing it")),
-    )
-    webhook = (await session.execute(dead.returning(Request.webhook_url))).first()
-    if webhook is None:
-        return await _put_back(session, owned, crashes=Request.crashes + 1)
-    if webhook[0]:
-        session.add(Delivery(request_id=job_id))
-    return True
-
-
-# What every end of a claim forgets and counts.
-_ENDED: dict[str, Any] = {"token": None, "phase": None, "preview": None, "revision": Request.revision + 1}
-
-
-async def _put_back(session: AsyncSession, owned: Any, **values: Any) -> bool:
-    """Makes the job of the update `owned` wait again, or ends it if that was wished. Returns False for no job."""
+async def put_back(session: AsyncSession, held: Any, **values: Any) -> bool:
+    """Makes the job of the update `held` wait again, or ends it if that was wished. Returns False for no job."""
     unwanted = Request.cancel_requested
-    back = owned.values(
+    back = held.values(
         status=case((unwanted, "cancelled"), else_="queued"),
         finished_at=case((unwanted, literal(now(), Moment())), else_=null()),
         step=0,
-        **_ENDED,
+        **ENDED_CLAIM,
         **values,
     )
     row = (await session.execute(back.returning(Request.id, Request.status, Request.webhook_url))).first()
@@ -384,13 +312,15 @@ async def _put_back(session: AsyncSession, owned: Any, **values: Any) -> bool:
     return row is not None
 
 
-def _reason(error: SitterError | None) -> dict[str, str | None]:
+def reason_columns(error: SitterError | None) -> dict[str, str | None]:
+    """Returns what a job's row says of `error`."""
     if error is None:
         return {}
     return {"error_code": error.code, "error_detail": error.detail, "error_hint": error.hint}
 
 
-def _owned(job_id: str, token: str) -> Any:
+def owned(job_id: str, token: str) -> Any:
+    """Returns an update, without values yet, of the job as long as it is the claim's of that token."""
     return update(Request).where(Request.id == job_id, RUNNING, Request.token == token)
 
 

@@ -5,30 +5,32 @@ import io
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import datetime
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import anyio
 import anyio.to_thread
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain import audit, jobs, keys, library, users
 from api.domain.accounts import Caller
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
-from api.errors import NotFound
+from api.errors import DatabaseUnavailable, NotFound
 from api.model_service import ModelService
 from api.store import tables
 from api.store.database import Database
 from api.store.files import PictureFolder
-from api.store.tables import Request, Usage, User, now
+from api.store.tables import Answer, Audit, Request, Usage, User, now
 from api.store.vault import Vault
 
 ROWS_AT_ONCE = 200
 BYTES_AT_ONCE = 256 * 1024
+ERASED = "user.erased"  # in the audit
+FORGET_SECONDS = 5.0  # between looks for users that other processes erased
 END_SECONDS = 10.0  # that jobs under way are given to stop
 ACCOUNT = ("id", "name", "login", "type", "disabled", "limits", "created_at")
 REQUEST = (
@@ -226,13 +228,35 @@ async def erase(
         await jobs.cancel_all(session, user_id)  # holds them: who publishes one refers to the user, and goes first
         images = list(await session.scalars(select(tables.Image.image_url).where(tables.Image.user_id == user_id)))
         await session.execute(delete(User).where(User.id == user_id))  # and, by cascade, all that is theirs
+        await session.execute(delete(Answer).where(Answer.caller == user_id))
         nobody = f"~{vault.digest(user_id.encode())[:24]}"  # no user's id begins so
         await session.execute(update(Usage).where(Usage.user_id == user_id).values(user_id=nobody))
-        await audit.append(session, caller.name, "user.erased", f"user:{user_id}", images=len(images))
+        await audit.append(session, caller.name, ERASED, f"user:{user_id}", images=len(images))
     # Besides what rows knew: what a worker wrote that lost its job meanwhile.
     written = await anyio.to_thread.run_sync(lambda: list(pictures.pictures_older_than(0)))
     await library.delete_files(pictures, {*images, *(name for name, user, _ in written if user == user_id)})
     await anyio.to_thread.run_sync(models.forget, user_id)
+
+
+async def keep_forgetting(database: Database, models: ModelService) -> None:
+    """Drops the models of users that other processes erase, until it is cancelled."""
+    async with database.reading() as session:
+        last = await session.scalar(select(func.max(Audit.seq))) or 0
+    while True:
+        await asyncio.sleep(FORGET_SECONDS)
+        with suppress(DatabaseUnavailable):  # what was erased meanwhile is seen the next time
+            last = await forget_erased(database, models, last)
+
+
+async def forget_erased(database: Database, models: ModelService, last: int) -> int:
+    """Drops the models of users erased since line `last` of the audit; returns its last line now."""
+    later = select(Audit.seq, Audit.action, Audit.object).where(Audit.seq > last).order_by(Audit.seq)
+    async with database.reading() as session:
+        lines = (await session.execute(later)).all()
+    for _, action, object in lines:
+        if action == ERASED:
+            await anyio.to_thread.run_sync(models.forget, object.removeprefix("user:"))
+    return lines[-1].seq if lines else last
 
 
 async def _to_be_erased(session: AsyncSession, caller: Caller, user_id: str) -> None:

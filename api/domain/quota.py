@@ -7,13 +7,11 @@ from math import ceil
 from typing import Any
 
 from sqlalchemy import case, func, select, text
-from sqlalchemy.dialects.postgresql import insert as insert_postgresql
-from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import Settings
 from api.errors import LimitReached
-from api.store.tables import Request, Usage, User, now
+from api.store.tables import Request, Usage, User, insert_new, now
 from api.wire.accounts import LimitName
 
 PER_DAY: tuple[LimitName, ...] = ("images_per_day", "steps_per_day")
@@ -139,6 +137,4 @@ def _tomorrow() -> datetime:
 
 async def ensure_users(session: AsyncSession, user_ids: Collection[str]) -> None:
     """Makes each user a row unless there is one: with AUTH=open whoever is named exists."""
-    insert = insert_postgresql if session.get_bind().dialect.name == "postgresql" else insert_sqlite
-    rows = insert(User).values([{"id": user_id, "name": user_id} for user_id in sorted(user_ids)])
-    await session.execute(rows.on_conflict_do_nothing(index_elements=[User.id]))
+    await insert_new(session, User, [{"id": user_id, "name": user_id} for user_id in sorted(user_ids)], ["id"])

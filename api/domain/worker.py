@@ -17,8 +17,9 @@ from anyio import CapacityLimiter
 
 from api.config import Settings
 from api.domain import jobs
+from api.domain.crashes import Watchman, crashed
 from api.domain.generate import Studio, draw, forget_earlier_attempts, save
-from api.domain.jobs import Claim, Finished, Progress, Watchman
+from api.domain.jobs import Claim, Finished, Progress
 from api.domain.library import delete_unknown
 from api.domain.metrics import Metrics
 from api.domain.wake import Wake
@@ -243,7 +244,7 @@ class Worker:
                 return await jobs.release(self._database, claim)
             case DeviceLost():
                 self.drain()  # the process is about to end
-                return await jobs.crashed(self._database, claim)
+                return await crashed(self._database, claim)
             case StorageFull():
                 self._paused_until = time.monotonic() + FULL_DISK_SECONDS
                 return await jobs.release(self._database, claim, error)

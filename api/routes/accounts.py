@@ -3,13 +3,16 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request, Response
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain import keys, users
 from api.domain.accounts import sign_in, sign_out
+from api.domain.once import once
 from api.domain.tokens import LIFETIME, Audience, csrf_token
 from api.errors import Forbidden
 from api.routes.caller import COOKIE, AccountsDep, CallerDep, address_of, require
 from api.routes.errors import error_responses
+from api.routes.repeat import RepeatableDep
 from api.wire.accounts import Id, KeyList, MadeKey, Me, NewKey, PasswordChange, SignedIn, SignIn, SignOut
 
 
@@ -80,13 +83,16 @@ async def list_keys(caller: CallerDep, accounts: AccountsDep) -> KeyList:
     responses={**ERRORS, **error_responses(400, 404, 409, 413, 422)},
     dependencies=MANAGE,
 )
-async def make_key(sent: NewKey, caller: CallerDep, accounts: AccountsDep) -> MadeKey:
+async def make_key(sent: NewKey, caller: CallerDep, accounts: AccountsDep, repeatable: RepeatableDep) -> MadeKey:
     """Makes a key; its secret is in this answer alone. It allows no more than the credential that makes it."""
     user_id = caller.themselves()
     if missing := sorted(set(sent.scopes) - caller.scopes):
         raise Forbidden(f"this credential does not allow `{missing[0]}` itself", "Leave that scope away.")
-    async with accounts.database.transaction() as session:
+
+    async def make(session: AsyncSession) -> MadeKey:
         return await keys.add_key(session, caller.name, user_id, sent.name, sent.scopes, sent.days)
+
+    return await once(accounts.database, accounts.vault, repeatable, MadeKey, make)
 
 
 @router.delete(

@@ -10,6 +10,7 @@ from api.domain import admin
 from api.routes.accounts import not_kept
 from api.routes.caller import AccountsDep, CallerDep, require
 from api.routes.errors import error_responses
+from api.routes.repeat import RepeatableDep
 from api.wire.accounts import Id
 from api.wire.admin import (
     AuditPage,
@@ -46,9 +47,9 @@ async def list_users(
 
 
 @router.post("/users", status_code=201, summary="Make a user", responses=error_responses(400, 409, 413))
-async def make_user(sent: NewUser, caller: CallerDep, accounts: AccountsDep) -> UserDetail:
+async def make_user(sent: NewUser, caller: CallerDep, accounts: AccountsDep, repeatable: RepeatableDep) -> UserDetail:
     """Makes a user. Without a password they use API keys: `sitter keys add` makes the first."""
-    return await admin.make_user(accounts, caller, sent)
+    return await admin.make_user(accounts, caller, sent, repeatable)
 
 
 @router.get("/users/{user_id}", summary="Look at a user", responses=error_responses(404))

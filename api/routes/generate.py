@@ -18,7 +18,8 @@ from api.domain.history import ENDED, Seen
 from api.errors import Cancelled, DatabaseUnavailable, InvalidRequest, NotFound, ShuttingDown, from_code
 from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
-from api.routes.jobs import REAUTH_SECONDS, IdempotencyKey, JobBody, accept, describe
+from api.routes.jobs import REAUTH_SECONDS, JobBody, accept, describe
+from api.routes.repeat import IdempotencyKey
 from api.routes.service import ServiceDep
 from api.schemas import GeneratedImage, GenerateResponse, Lane, Timings
 from api.wire.jobs import Job

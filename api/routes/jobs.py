@@ -21,11 +21,11 @@ from api.domain.worker import BEAT
 from api.errors import DatabaseUnavailable, Forbidden, SitterError
 from api.routes.caller import CallerDep, CredentialsDep, require
 from api.routes.errors import error_responses
+from api.routes.repeat import IdempotencyKey
 from api.routes.service import ServiceDep
 from api.schemas import ErrorResponse
 from api.wire.accounts import Id
 from api.wire.jobs import Job, JobImage, JobPage, JobRequest, Status
-from api.wire.text import Text
 from api.wiring import Service
 
 log = structlog.get_logger()
@@ -33,14 +33,6 @@ router = APIRouter(prefix="/jobs", tags=["Jobs"])
 
 REAUTH_SECONDS = 30.0  # how long whoever follows a job may do so by a credential that has ended
 
-IdempotencyKey = Annotated[
-    Text | None,
-    Header(
-        min_length=1,
-        max_length=255,
-        description="Any word of yours: the same key and body again answer with the same job, never a second one.",
-    ),
-]
 JobBody = Annotated[
     JobRequest,
     Body(

@@ -2,11 +2,15 @@
 
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, String, Text, UniqueConstraint, text
+from sqlalchemy.dialects.postgresql import insert as insert_postgresql
+from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import DateTime, TypeDecorator
 
@@ -257,6 +261,21 @@ class Delivery(Table):
     next_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
 
+class Answer(Table):
+    """What an Idempotency-Key was answered, for a day: the same request again is told the same. Jobs keep theirs."""
+
+    __tablename__ = "answers"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    caller: Mapped[str] = mapped_column(String(64))
+    idempotency_key: Mapped[str] = mapped_column(String(255))
+    body_hash: Mapped[str] = mapped_column(String(64))
+    answer: Mapped[str] = mapped_column(Text, default="")  # JSON, encrypted: the secret of a key may be in it
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+    __table_args__ = (UniqueConstraint("caller", "idempotency_key"),)
+
+
 class Audit(Table):
     """What was done to accounts and keys, and by whom: append-only, each line sealed with the hash of the last."""
 
@@ -270,3 +289,11 @@ class Audit(Table):
     detail: Mapped[dict[str, Any]] = mapped_column(default=dict)
     previous_hash: Mapped[str] = mapped_column(String(64))
     hash: Mapped[str] = mapped_column(String(64))
+
+
+async def insert_new(
+    session: AsyncSession, table: type[Table], rows: Sequence[Mapping[str, Any]], unique: Sequence[str]
+) -> None:
+    """Inserts those rows whose `unique` columns no row has; waits for a transaction that inserts the same."""
+    insert = insert_postgresql if session.get_bind().dialect.name == "postgresql" else insert_sqlite
+    await session.execute(insert(table).values(rows).on_conflict_do_nothing(index_elements=unique))

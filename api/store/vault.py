@@ -14,14 +14,14 @@ from pathlib import Path
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import InstrumentedAttribute
 
 from api.config import Settings
 from api.errors import SettingsError, SitterError
 from api.store.database import Database
 from api.store.files import write_whole
-from api.store.tables import Image, Request
+from api.store.tables import Answer, Image, Request
 
 KEY_FILE = "secret.key"
 SHORTEST_KEY = 32  # characters: 128 bits even when they are hexadecimal
@@ -173,18 +173,23 @@ async def rotate(database: Database, vault: Vault) -> int:
         SealedForever: a row cannot be opened; the rows before it are done.
         DatabaseUnavailable: the database cannot be reached.
     """
-    requests = await _reseal(database, vault, Request, [Request.description, Request.negative_prompt])
-    return requests + await _reseal(database, vault, Image, [Image.description])
+    requests = [Request.description, Request.negative_prompt]
+    return (
+        await _reseal(database, vault, Request, requests, Request.sensitive)
+        + await _reseal(database, vault, Image, [Image.description], Image.sensitive)
+        + await _reseal(database, vault, Answer, [Answer.answer], Answer.answer != "")
+    )
 
 
 async def _reseal(
     database: Database,
     vault: Vault,
-    table: type[Request] | type[Image],
+    table: type[Request] | type[Image] | type[Answer],
     columns: Sequence[InstrumentedAttribute[str] | InstrumentedAttribute[str | None]],
+    which: ColumnElement[bool] | InstrumentedAttribute[bool],
 ) -> int:
     last, count = "", 0
-    sealed = select(table.id, *columns).where(table.sensitive).order_by(table.id).limit(ROWS_AT_ONCE)
+    sealed = select(table.id, *columns).where(which).order_by(table.id).limit(ROWS_AT_ONCE)
     while True:
         async with database.transaction() as session:
             rows = (await session.execute(sealed.where(table.id > last).with_for_update())).all()

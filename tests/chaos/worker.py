@@ -24,7 +24,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from api import cli, serving, wiring
-from api.domain import generate, jobs, webhooks, worker
+from api.domain import crashes, generate, jobs, webhooks, worker
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer, Parcel
 from api.engine.engine import Engine
@@ -220,7 +220,7 @@ def run(order: dict[str, Any]) -> int:
     if marks := faults.get("marks"):
         Faults(Path(marks)).install()
     constants: list[tuple[ModuleType, str]] = [
-        (jobs, "MAX_CRASHES"),
+        (crashes, "MAX_CRASHES"),
         (postgresql, "IDLE_SECONDS"),
         (wiring, "GRACEFUL_SECONDS"),
         (serving, "GRACEFUL_SECONDS"),

@@ -156,6 +156,8 @@ async def test_whoever_is_erased_leaves_nothing(gallery: Gallery, models: ModelS
     late = "ada_20250107_143022_0badc0de_3.png"  # of a worker that had lost its job
     (gallery.folder / late).write_bytes(b"png")
     (gallery.folder / "ada.png").write_bytes(b"not ours")
+    answer = tables.Answer(caller="ada", idempotency_key="zebrafinch", body_hash="")
+    await gallery.write([answer])
     await erase(gallery, models)
     assert gallery.names() == {kept.image_url, "ada.png"}
     left = await everything(gallery.database)
@@ -238,3 +240,29 @@ async def test_what_was_erased_has_no_trace_in_the_database_file(tmp_path: Path,
 def raw(folder: Path) -> bytes:
     """Every byte of the files in `folder`."""
     return b"".join(path.read_bytes() for path in folder.iterdir() if path.is_file())
+
+
+class Elsewhere(ModelService):
+    """The models of another process; it notes whom it was told to forget."""
+
+    def __init__(self) -> None:
+        super().__init__(builders.settings())
+        self.forgotten: list[str] = []
+
+    def forget(self, user_id: str) -> None:
+        self.forgotten.append(user_id)
+        super().forget(user_id)
+
+
+async def test_other_processes_forget_who_was_erased(gallery: Gallery, models: ModelService) -> None:
+    elsewhere = Elsewhere()
+    try:
+        seen = await privacy.forget_erased(gallery.database, elsewhere, 0)
+        assert elsewhere.forgotten == []
+        await erase(gallery, models)
+        await people.add_key(gallery.database, "bo")
+        seen = await privacy.forget_erased(gallery.database, elsewhere, seen)
+        assert await privacy.forget_erased(gallery.database, elsewhere, seen) == seen
+        assert elsewhere.forgotten == ["ada"]
+    finally:
+        elsewhere.close()

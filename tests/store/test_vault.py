@@ -10,7 +10,7 @@ from sqlalchemy import select
 from api.config import Settings
 from api.errors import SettingsError
 from api.store.database import Database, migrate
-from api.store.tables import Image, Request
+from api.store.tables import Answer, Image, Request
 from api.store.vault import KEY_FILE, SealedForever, Vault, load_vault, new_key, read_keys, rotate, write_keys
 from tests import rows
 
@@ -136,11 +136,14 @@ async def _rotation(url: str) -> None:
             session.add_all(requests)
             await session.flush()
             session.add_all(rows.image(request) for request in requests)
-        assert await rotate(database, both) == 450
+        async with database.transaction() as session:
+            session.add(Answer(caller="ada", idempotency_key="mine", body_hash="", answer=old.seal("made")))
+        assert await rotate(database, both) == 451
         new = Vault([NEW])
         async with database.reading() as session:
             requests = list(await session.scalars(select(Request).order_by(Request.id)))
             images = list(await session.scalars(select(Image)))
+            assert new.open((await session.scalars(select(Answer.answer))).one()) == "made"
         expected = {f"prompt {number}" for number in range(450)}
         for table in (requests, images):
             assert {new.open(row.description) if row.sensitive else row.description for row in table} == expected

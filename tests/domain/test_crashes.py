@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from api.domain import jobs
-from api.domain.jobs import MAX_CRASHES, Progress, Watchman
+from api.domain import crashes, jobs
+from api.domain.crashes import MAX_CRASHES, Watchman
+from api.domain.jobs import Progress
 from api.errors import DatabaseUnavailable
 from api.store.database import Database
 from api.store.tables import Delivery, Request
@@ -27,7 +28,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(jobs, "time", clock)
+    monkeypatch.setattr(crashes, "time", clock)
     return clock
 
 
