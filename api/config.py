@@ -51,6 +51,7 @@ USER_MODELS: dict[str, Any] = {
     # "user_789": "path/to/checkpoint.safetensors",                          a single file
     # "user_790": {"base": "models/demo", "lora": "lora.safetensors", "lora_scale": 0.9},
     # "user_791": {"base": "path/to/flux", "lora": "flux.safetensors"},      any text-to-image pipeline of diffusers
+    # "user_792": {"base": "path/to/checkpoint", "delta": "data/deltas/user_792.safetensors"},  see `sitter delta`
 }
 
 DEFAULT_USER = "default"
@@ -70,6 +71,17 @@ class ModelSource(BaseModel):
         description="for a .safetensors base: diffusers folder with its shapes and tokenizer",
     )
     lora_scale: float = Field(default=1.0, ge=-2.0, le=2.0, allow_inf_nan=False, description="strength of the LoRA")
+    delta: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file that `sitter delta` made of the base: drawn in its place, in a step with others",
+    )
+
+    @model_validator(mode="after")
+    def _delta_of_a_whole_model(self) -> Self:
+        if self.delta is not None and self.lora is not None:
+            raise ValueError("a delta stands for a whole model: give this one no lora besides")
+        return self
 
     def __str__(self) -> str:
         return self.model_id
@@ -82,6 +94,10 @@ class ModelSource(BaseModel):
     def without_lora(self) -> Self:
         """Returns the base alone: what users with different adapters share."""
         return self if self.lora is None else self.model_copy(update={"lora": None, "lora_scale": 1.0})
+
+    def itself(self) -> Self:
+        """Returns the model without what may be drawn in its place."""
+        return self if self.delta is None else self.model_copy(update={"delta": None})
 
     @property
     def hub_id(self) -> tuple[str, str | None] | None:
@@ -185,6 +201,11 @@ class Settings(BaseSettings):
         le=256,
         description="Rows of one step: a picture is two, or one without guidance. More users' models fit in a step, "
         "and each step takes longer.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the UNet of Stable Diffusion models (torch.compile; needs a C++ compiler): faster steps, "
+        "after minutes for each model at every start.",
     )
     lease_seconds: float = Field(
         default=30.0, ge=0.5, le=3600, description="A job whose worker is silent for so long runs again elsewhere."

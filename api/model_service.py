@@ -106,6 +106,7 @@ class ModelService:
         self._stopping = threading.Event()
         self._turns = Turns(BASES_IN_USE)
         self._finder = Finder(self._find_base)
+        self._riding: dict[ModelSource, ModelSource] = {}  # what is drawn in place of those with a delta
 
     @property
     def engine(self) -> "Engine":
@@ -134,6 +135,8 @@ class ModelService:
             SitterError: the model is unavailable, memory ran out, the picture is not one, or the server stops.
         """
         source = self._settings.source_for(request.user_id)
+        model_id = source.model_id
+        source = source.itself() if request.reproducible else self._drawn_as(source)
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
         drawn = self._draw_with_model(source, request, seed, on_step, check)
         began = time.perf_counter()
@@ -146,12 +149,12 @@ class ModelService:
             encode=time.perf_counter() - began,
         )
         drawing = drawn.drawing
-        log.info("drawn", model=source.model_id, cache_hit=drawn.cache_hit, lane=drawing.lane, **timings.model_dump())
+        log.info("drawn", model=model_id, cache_hit=drawn.cache_hit, lane=drawing.lane, **timings.model_dump())
         seeds = [seed + index for index in range(len(pngs))]
         return Generation(
             pngs,
             seeds,
-            source.model_id,
+            model_id,
             drawn.cache_hit,
             drawing.lane,
             timings,
@@ -205,12 +208,13 @@ class ModelService:
             others = {source for user, source in self._settings.user_models.items() if user != user_id}
             others |= {source.without_lora() for source in others}
             own = self._settings.source_for(user_id)
-            for source in {own, own.without_lora()} - others:
+            for source in {own.itself(), own.without_lora().itself(), self._riding.get(own)} - others:
                 self.cache.drop(source)
 
     def clear_cache(self) -> tuple[int, int]:
         """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
         self._finder.clear()
+        self._riding.clear()
         freed = self.cache.clear()
         self.engine.free_memory()
         return freed
@@ -255,6 +259,15 @@ class ModelService:
                     lambda: self.engine.draw(model.base, model.adapter, request, seed, checked_step, still_wanted)
                 )
                 return _Drawn(drawing, model.cache_hit, load_seconds=leased - turn, queue_seconds=turn - asked)
+
+    def _drawn_as(self, source: ModelSource) -> ModelSource:
+        """Returns what is drawn for a source: the delta that it has, if that is good enough, else the model itself."""
+        if source.delta is None:
+            return source
+        if source not in self._riding:
+            with self._finder.remembering_failure(source):
+                self._riding[source] = self.engine.ridden_by(source, self._finder.find(source.itself()))
+        return self._riding[source]
 
     def _find_base(self, source: ModelSource) -> "FoundBase":
         return self.engine.find_base(source)  # the engine is not there yet when the finder is made

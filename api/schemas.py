@@ -11,7 +11,7 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
 
 Scheduler = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc"]
-Lane = Literal["batch", "exact", "stock"]
+Lane = Literal["batch", "delta", "exact", "stock"]
 
 
 def _printable(text: str) -> str:
@@ -139,8 +139,9 @@ class GenerateResponse(BaseModel):
         description="Whether the model was in memory already, or on its way there.", examples=["hit"]
     )
     lane: Lane = Field(
-        description="`batch`: the model's LoRA in a step beside those of other users; `exact`: a whole checkpoint, or "
-        "a LoRA with the step to itself; `stock`: diffusers' own call, for what neither can draw.",
+        description="`batch`: the model's LoRA in a step beside those of other users; `delta`: likewise what stands "
+        "for a whole checkpoint, close to it; `exact`: the checkpoint itself, or a LoRA with the step to itself; "
+        "`stock`: diffusers' own call, for what none of them can draw.",
         examples=["batch"],
     )
     timings: Timings = Field(description="Seconds by phase.")

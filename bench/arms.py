@@ -125,7 +125,8 @@ def _settings(given: Given) -> dict[str, Any]:
     base = {"base": str(given.folder)}
     return {
         "user_models": {"default": base} | {user: {**base, "lora": str(file)} for user, file in given.loras.items()},
-        "dtype": "float32",
+        "dtype": str(given.base.unet.dtype).removeprefix("torch."),
+        "compile": given.compiled,
         "use_gpu": DEVICE != "cpu",
         "host_cache_gb": (given.budget + torch.float32.itemsize * count_values(given.folder)) / 1e9,
         "log_level": "error",

@@ -69,13 +69,13 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} cores, {platform.system()}"
 
 
-def page(sections: dict[str, list[Figure]], path: Path) -> None:
-    """Writes the results to `path` as Markdown, with machine, versions and date."""
+def page(sections: dict[str, list[Figure]], path: Path, command: str = "make bench") -> None:
+    """Writes the results of `command` to `path` as Markdown, with machine, versions and date."""
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     lines = [
         "# Benchmarks",
         "",
-        f"Measured {date.today().isoformat()} by `make bench` on {machine()};",
+        f"Measured {date.today().isoformat()} by `{command}` on {machine()};",
         f"Python {platform.python_version()}, {libraries}.",
         "Medians of interleaved runs; the machine is shared, so trust ratios more than seconds.",
     ]

@@ -30,13 +30,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Given:
-    """What every arm is given: the base, and where it lies, user → LoRA, and the bytes that users' models may take."""
+    """What every arm is given: the base, and where it lies, user → LoRA, and the bytes that users' models may take.
+
+    `compiled` grants torch.compile to those that can have it: C, and the service.
+    """
 
     base: Any
     folder: Path
     loras: Mapping[str, Path]
     budget: int
     highest_rank: int
+    compiled: bool = False
 
 
 class Way(Protocol):
@@ -136,10 +140,7 @@ class LoadEach(OneBase):
 
 
 class HotSwap(OneBase):
-    """C: the LoRA copied over the one before.
-
-    Without torch.compile, which all arms lack here: it takes minutes on two cores.
-    """
+    """C: the LoRA copied over the one before, in a UNet that may be compiled once it has the first."""
 
     def __init__(self, given: Given) -> None:
         super().__init__(given)
@@ -153,6 +154,8 @@ class HotSwap(OneBase):
             if self._loaded is None:  # peft makes these very tensors its parameters, and later writes others over them
                 state = {name: tensor.clone() for name, tensor in state.items()}
             self._pipeline.load_lora_weights(state, adapter_name="lora", hotswap=self._loaded is not None)
+            if self._loaded is None and self._given.compiled:
+                self._pipeline.unet.compile(fullgraph=True, mode="reduce-overhead" if DEVICE == "cuda" else None)
             self._loaded = user_id
         return _draw(self._pipeline, requests)
 
@@ -208,13 +211,13 @@ class MixedBatch(OneBase):
         return arguments, {**named, "adapter_names": self._rows}
 
 
-def load_base(folder: Path) -> Any:
-    """Returns the pipeline of `folder` in float32 on the device, its convolutions as the service has them."""
+def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns the pipeline of `folder` on the device, its convolutions as the service has them."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what D is about
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype).to(DEVICE)
     for module in (pipeline.unet, pipeline.vae):
         module.to(memory_format=torch.channels_last)
     return pipeline

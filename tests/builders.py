@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from api.config import ModelSource, Settings
-from api.engine.adapters import COMPONENTS, Adapter, merged
+from api.engine.adapters import COMPONENTS, Adapter, Layer, Norm, merged
 from api.schemas import GenerateRequest
 
 Tensors = dict[str, torch.Tensor]
@@ -283,3 +283,25 @@ def single_file(folder: Path, file: Path) -> Path:
     tensors |= {prefix + key.removeprefix("text_model."): tensor for key, tensor in text.items()}
     save_file(tensors, file)
     return file
+
+
+def parameters_of(module: torch.nn.Module) -> Tensors:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+@torch.no_grad()
+def finetuned(base: StableDiffusionPipeline, rank: int, seed: int = 3) -> StableDiffusionPipeline:
+    """`base` itself, every layer changed by a product of that rank, and every bias and norm; embeddings stay."""
+    generator = torch.Generator().manual_seed(seed)
+    for component in COMPONENTS:
+        for layer in getattr(base, component).modules():
+            if isinstance(layer, Layer):
+                out, inside = layer.weight.flatten(1).shape
+                up, down = torch.randn(out, rank, generator=generator), torch.randn(rank, inside, generator=generator)
+                change = (up @ down).reshape(layer.weight.shape)
+                layer.weight += change * 0.5 * layer.weight.norm() / change.norm()
+            if isinstance(layer, Layer | Norm):
+                for parameter in (layer.bias, layer.weight if isinstance(layer, Norm) else None):
+                    if parameter is not None:
+                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return base

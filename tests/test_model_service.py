@@ -4,15 +4,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from api.config import ModelSource
 from api.engine.base import Base
+from api.engine.deltas import LEAST_PSNR, Delta, extract, fingerprint, write_delta
 from api.engine.pipeline import Step
 from api.engine.sources import FoundBase, count_values
 from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown, UnsupportedSize
@@ -20,6 +23,7 @@ from api.model_service import LeasedModel, ModelService
 from tests import builders
 
 WAIT = 60  # seconds until a lost thread fails the test
+DELTA_OFF = 6  # levels of 255: the factors of a delta are kept in float16
 ROUNDING = 2  # levels of 255: how many rows a batch has changes the last digits of latents
 Open = Callable[..., ModelService]
 
@@ -486,7 +490,7 @@ def test_what_is_forgotten_leaves_no_copy_in_its_base(
         assert base.unet.warm() == base.texts._slots.warm() == []
         assert {key for key, _ in base.texts._known} == {None}
         for slots in (base.unet, base.texts._slots):
-            assert not any(factor.any() for table in slots._tables.values() for factor in (table.down, table.up))
+            assert not any(factor.any() for table in slots._tables.values() for factor in table.tensors())
 
 
 def test_who_is_forgotten_while_they_draw_leaves_no_copy_afterwards(
@@ -515,3 +519,70 @@ def test_who_is_forgotten_leaves_no_copy_in_a_base_that_was_loaded_again(
         assert len(slotted(model).unet.warm()) == 1
         service.forget("ada")
         assert slotted(model).unet.warm() == slotted(model).texts._slots.warm() == []
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that a delta of rank 2 over the base is nearly equal to."""
+    folder = tmp_path_factory.mktemp("tuned") / "eva"
+    builders.finetuned(builders.pipeline(), 2).save_pretrained(folder)
+    return folder
+
+
+def delta_of(checkpoint: Path, base: Path, file: Path, psnr: float = 50) -> ModelSource:
+    """Eva's model: the checkpoint with a delta in `file`, of which the gate is said to have measured `psnr`."""
+    tuned, plain = (StableDiffusionPipeline.from_pretrained(folder) for folder in (checkpoint, base))
+    said = Delta(str(base), fingerprint(FoundBase("eva", checkpoint)), 2, (psnr,))
+    write_delta(file, extract(plain, tuned, 2), said)
+    return builders.source(checkpoint, delta=str(file))
+
+
+def test_a_delta_is_drawn_in_place_of_its_checkpoint(
+    open_service: Open, base_folder: Path, tuned: Path, tmp_path: Path
+) -> None:
+    eva = delta_of(tuned, base_folder, tmp_path / "delta.safetensors")
+    service = open_service({"eva": eva, "whole": eva.itself()})
+    request = builders.request(user_id="eva")
+    by_delta = service.generate(request)
+    assert (by_delta.lane, by_delta.model_id) == ("delta", str(tuned))
+    assert cached(service) == {str(base_folder), str(tmp_path / "delta.safetensors")}
+    with ThreadPoolExecutor() as pool:
+        drawn = list(pool.map(partial(draw, service), ["eva", "ada", "eva", "bo"]))
+    whole = draw(service, "whole")
+    for png in (by_delta.pngs[0], drawn[0], drawn[2]):
+        assert difference(png, whole) <= DELTA_OFF
+    for user, png in (("ada", drawn[1]), ("bo", drawn[3]), ("default", draw(service, "default"))):
+        assert difference(png, whole) > 5 * DELTA_OFF, user
+    exact = service.generate(request.model_copy(update={"reproducible": True}))
+    assert (exact.lane, exact.model_id) == ("exact", str(tuned))
+    assert exact.pngs == service.generate(builders.request(user_id="whole", reproducible=True)).pngs
+
+
+def test_a_delta_that_is_too_far_off_or_of_another_training_is_not_drawn(
+    open_service: Open, base_folder: Path, tuned: Path, tmp_path: Path
+) -> None:
+    far = delta_of(tuned, base_folder, tmp_path / "far.safetensors", psnr=LEAST_PSNR - 1)
+    again = builders.copy_of(tuned, tmp_path / "again")
+    old = delta_of(again, base_folder, tmp_path / "old.safetensors")
+    builders.finetuned(builders.pipeline(), 2, seed=9).save_pretrained(again)
+    service = open_service({"far": far, "old": old})
+    assert [service.generate(builders.request(user_id=user)).lane for user in ("far", "old")] == ["exact"] * 2
+    assert difference(draw(service, "old"), draw(service, "far")) > 5 * DELTA_OFF
+
+
+def test_whoever_has_a_delta_is_forgotten_whole(
+    open_service: Open, base_folder: Path, tuned: Path, tmp_path: Path
+) -> None:
+    eva = delta_of(tuned, base_folder, tmp_path / "delta.safetensors")
+    service = open_service({"eva": eva})
+    draw(service, "eva")
+    draw(service, "eva", reproducible=True)
+    service.forget("eva")
+    assert cached(service) == {str(base_folder)}
+
+
+def test_a_delta_that_is_not_there_says_so(open_service: Open, tuned: Path) -> None:
+    service = open_service({"eva": builders.source(tuned, delta="/nowhere/delta.safetensors")})
+    for _ in range(2):
+        with pytest.raises(ModelUnavailable, match=r"delta\.safetensors"):
+            draw(service, "eva")

@@ -3,7 +3,8 @@
 A LoRA holds, for some layers, factors A (rank, in) and B (out, rank): the layer's weight becomes
 W + scale · B A, with scale = alpha / rank (Hu et al., https://arxiv.org/abs/2106.09685, section 4.1).
 Only the factors are kept per user: `slots` adds their products to what the layers say, row by row. Merged weights are
-for what cannot ride along so, and live as long as the drawing that uses them.
+for what cannot ride along so, and live as long as the drawing that uses them. Some files change biases and norms, too:
+`.diff_b` is added to a bias, `.diff` to the weight of a norm, as LyCORIS and ComfyUI write them.
 """
 
 import json
@@ -24,6 +25,7 @@ from api.engine.weights import SAFETENSORS_HINT, loading, read_header, shell
 from api.errors import ModelUnavailable
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
+Norm: TypeAlias = nn.GroupNorm | nn.LayerNorm
 Module = TypeVar("Module", bound=nn.Module)
 COMPONENTS = ("unet", "text_encoder")
 
@@ -40,7 +42,12 @@ ENDINGS = (
     (".lora_down.weight", "A"),  # kohya
     (".lora_up.weight", "B"),
     (".alpha", "alpha"),
+    (".diff_b", "bias"),
+    (".diff", "weight"),
+    (".b_norm", "bias"),
+    (".w_norm", "weight"),
 )
+CHECKPOINT = "sitter_checkpoint"  # in the metadata of a file that stands for a whole model
 PREFIXES = {
     "unet.": "unet",
     "text_encoder.": "text_encoder",
@@ -55,13 +62,28 @@ PREFIXES = {
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """The factors of one layer: `down` (rank, in…) and `up` (out, rank…), as stored, and what their product counts."""
+    """The factors of one layer: `down` (rank, in…) and `up` (out, rank…), as stored, and what their product counts.
+
+    The rank may be 0. `bias` (out,) is added to the layer's own as it is.
+    """
 
     component: str
     layer: str
     down: torch.Tensor
     up: torch.Tensor
     scale: float
+    bias: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """How many columns the factors have."""
+        return self.down.shape[0]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields the factors, and the bias if there is one."""
+        yield from (self.down, self.up)
+        if self.bias is not None:
+            yield self.bias
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns W + scale · B A in the shape, precision and place of `weight`, summed in float32."""
@@ -69,22 +91,60 @@ class LayerDelta:
         delta = (up @ down).reshape(weight.shape)
         return (weight.float() + self.scale * delta).to(weight.dtype)
 
+    def parameters(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """Returns what the layer's parameters become, by name."""
+        changed = {"weight": self.merged(layer.weight)}
+        if self.bias is not None:
+            assert layer.bias is not None  # the adapter was checked against it
+            changed["bias"] = _sum(layer.bias, self.bias)
+        return changed
+
+
+@dataclass(frozen=True)
+class NormDelta:
+    """What is added to the weight and the bias of a norm: (channels,) each."""
+
+    component: str
+    layer: str
+    weight: torch.Tensor
+    bias: torch.Tensor
+    rank = 0
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields both."""
+        yield from (self.weight, self.bias)
+
+    def parameters(self, layer: Norm) -> dict[str, torch.Tensor]:
+        """Returns what the norm's parameters become, by name."""
+        return {"weight": _sum(layer.weight, self.weight), "bias": _sum(layer.bias, self.bias)}
+
+
+Delta: TypeAlias = LayerDelta | NormDelta
+
+
+def _sum(parameter: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    return (parameter.float() + change.to(parameter.device, torch.float32)).to(parameter.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA, checked against its base: every layer exists there and every product has its weight's shape.
 
-    `key` names it where it is not to be kept alive.
+    `of_checkpoint` says that it stands for a whole model; `key` names it where it is not to be kept alive.
     """
 
-    deltas: tuple[LayerDelta, ...]
+    deltas: tuple[Delta, ...]
+    of_checkpoint: bool = False
     key: object = field(default_factory=object)
 
+    def of(self, component: str) -> dict[str, Delta]:
+        """Returns what it changes in a component, by the layer's name."""
+        return {delta.layer: delta for delta in self.deltas if delta.component == component}
+
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yields every factor."""
+        """Yields every tensor that is kept."""
         for delta in self.deltas:
-            yield delta.down
-            yield delta.up
+            yield from delta.tensors()
 
 
 def find_adapter_file(path: Path) -> Path:
@@ -127,7 +187,8 @@ def _read(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Ada
     layers = {component: _layers(getattr(pipeline, component)) for component in COMPONENTS}
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     with safe_open(file, framework="pt") as tensors:
-        alphas = read_alphas(file, tensors.metadata() or {}, COMPONENTS)
+        metadata = tensors.metadata() or {}
+        alphas = read_alphas(file, metadata, COMPONENTS)
         for key in tensors.keys():  # noqa: SIM118 - not a dict
             component, layer, role = _parse(key, layers)
             factors.setdefault((component, layer), {})[role] = tensors.get_tensor(key)
@@ -137,26 +198,25 @@ def _read(file: Path, pipeline: StableDiffusionPipeline, strength: float) -> Ada
         tuple(
             _delta(component, layer, roles, layers[component], alphas[component], strength)
             for (component, layer), roles in sorted(factors.items())
-        )
+        ),
+        of_checkpoint=CHECKPOINT in metadata,
     )
 
 
 def merged(module: Module, adapter: Adapter, component: str) -> Module:
     """Returns a copy of `module`, the `component` of its base, with the adapter merged; it shares all other weights."""
     copy = shell(module)
-    for delta in adapter.deltas:
-        if delta.component == component:
-            layer = copy.get_submodule(delta.layer)
-            weight = layer._parameters["weight"]
-            assert weight is not None  # the adapter was checked against it
+    for name, delta in adapter.of(component).items():
+        layer: Any = copy.get_submodule(name)
+        for parameter, value in delta.parameters(layer).items():
             # Not `layer.weight = …`: while another thread loads a model, accelerate has that put weights on "meta".
-            layer._parameters["weight"] = nn.Parameter(delta.merged(weight), requires_grad=False)
+            layer._parameters[parameter] = nn.Parameter(value, requires_grad=False)
     return copy
 
 
-def _layers(model: nn.Module) -> dict[str, tuple[str, Layer]]:
+def _layers(model: nn.Module) -> dict[str, tuple[str, Layer | Norm]]:
     """Returns the layers a LoRA may change by their name with every separator an underscore, as kohya writes it."""
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Layer))
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Layer | Norm))
     return {name.replace(".", "_"): (name, layer) for name, layer in layers}
 
 
@@ -166,8 +226,8 @@ def refuse_dora(key: str) -> None:
         raise ModelUnavailable(f"the adapter is a DoRA ({key}), which is not supported", "Train it as a plain LoRA.")
 
 
-def _parse(key: str, layers: dict[str, dict[str, tuple[str, Layer]]]) -> tuple[str, str, str]:
-    """Returns the component, layer and role ("A", "B" or "alpha") that a key of the file names."""
+def _parse(key: str, layers: dict[str, dict[str, tuple[str, Layer | Norm]]]) -> tuple[str, str, str]:
+    """Returns the component, the layer and the role of `ENDINGS` that a key of the file names."""
     refuse_dora(key)
     for ending, role in ENDINGS:
         if not key.endswith(ending):
@@ -231,11 +291,21 @@ def _delta(
     component: str,
     layer: str,
     roles: dict[str, torch.Tensor],
-    layers: dict[str, tuple[str, Layer]],
+    layers: dict[str, tuple[str, Layer | Norm]],
     alphas: Alphas,
     strength: float,
-) -> LayerDelta:
+) -> Delta:
     name, module = layers[layer]
+    if isinstance(module, Norm):
+        return _norm_delta(component, name, roles, module, strength)
+    if "weight" in roles:
+        raise ModelUnavailable(f"the adapter has all of {name}'s weight, not two factors", "Export it as a plain LoRA.")
+    bias = _vector(name, roles["bias"], module.bias) if "bias" in roles else None
+    if bias is not None:
+        bias = strength * bias
+    if not {"A", "B"} & roles.keys() and bias is not None:
+        down, up = (module.weight.new_zeros(shape) for shape in ((0, *module.weight.shape[1:]), (len(bias), 0)))
+        return LayerDelta(component, name, down, up, 1.0, bias)
     if not {"A", "B"} <= roles.keys():
         raise ModelUnavailable(f"the adapter has one of the two factors of {name} only", "The file is incomplete.")
     down, up = roles["A"], roles["B"]
@@ -255,4 +325,27 @@ def _delta(
     scale = strength * alphas.scale(name, rank, stored)
     if not math.isfinite(scale):
         raise ModelUnavailable(f"the adapter's {name} has an alpha that is not finite")
-    return LayerDelta(component, name, down, up, scale)
+    return LayerDelta(component, name, down, up, scale, bias)
+
+
+def _norm_delta(component: str, name: str, roles: dict[str, torch.Tensor], norm: Norm, strength: float) -> NormDelta:
+    if odd := sorted(roles.keys() - {"weight", "bias"}):
+        raise ModelUnavailable(f"the adapter's {name} has {odd[0]}, and the base's is a norm", "Is it for this base?")
+    weight, bias = (
+        strength * _vector(name, roles[role], own) if role in roles else torch.zeros_like(own, device="cpu")
+        for role, own in (("weight", norm.weight), ("bias", norm.bias))
+    )
+    return NormDelta(component, name, weight, bias)
+
+
+def _vector(name: str, change: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """Returns `change` if it can be added to the parameter `own` of the layer `name`."""
+    if own is None or change.shape != own.shape:
+        has = "none" if own is None else f"one of {tuple(own.shape)}"
+        raise ModelUnavailable(
+            f"the adapter changes {name} by {tuple(change.shape)} values, and the base has {has}",
+            "It was made for another base.",
+        )
+    if not torch.isfinite(change).all():
+        raise ModelUnavailable(f"the adapter's {name} has values that are not finite", "Train or export it again.")
+    return change

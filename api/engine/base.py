@@ -23,11 +23,14 @@ class Base:
     Args:
         pipeline: as it was loaded.
         slots: how many adapters its UNet holds at once.
+        compiled: whether its UNet is; not in copies for one adapter.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, slots: int) -> None:
+    def __init__(self, pipeline: StableDiffusionPipeline, slots: int, compiled: bool = False) -> None:
         self.pipeline = pipeline
-        self.unet = Slots(pipeline.unet, "unet", slots)
+        self.unet = Slots(pipeline.unet, "unet", slots, compiled=compiled)
+        # Apart, as they change every layer: rows that carry a small LoRA shall not pay for that.
+        self._checkpoints = Slots(pipeline.unet, "unet", slots, compiled=compiled)
         self.texts = Texts(pipeline)
 
     @property
@@ -38,6 +41,15 @@ class Base:
             return False
         return all(unet.config.get(name) in values for name, values in ASKS_FOR.items())
 
+    def run_plain(self) -> None:
+        """Has the UNet run as it is from now on, where it cannot be compiled."""
+        for slots in (self.unet, self._checkpoints):
+            slots.run_plain()
+
+    def shared_unet(self, adapter: Adapter | None) -> Slots:
+        """Returns the copy of the UNet that an adapter shares with others of its kind."""
+        return self._checkpoints if adapter is not None and adapter.of_checkpoint else self.unet
+
     def own_unet(self) -> Slots:
         """Returns a copy of the UNet's tree for one adapter of any rank, which nobody else has been in."""
         return Slots(self.pipeline.unet, "unet", count=1, highest_rank=math.inf)
@@ -45,9 +57,9 @@ class Base:
     @property
     def slot_bytes(self) -> int:
         """Returns what the slots take beside the weights."""
-        return self.unet.nbytes + self.texts.slot_bytes
+        return self.unet.nbytes + self._checkpoints.nbytes + self.texts.slot_bytes
 
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter wherever a copy of it is."""
-        self.unet.drop(adapter)
+        self.shared_unet(adapter).drop(adapter)
         self.texts.drop(adapter)

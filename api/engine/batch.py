@@ -6,6 +6,7 @@ are two rows each, one with the negative prompt and one with the prompt, or one 
 
 Whose turn it is follows what each user was given: seconds of the device, least first, a forward's shared by its rows.
 A user who comes begins at the least of those who are there, so that nobody is made to wait for what others missed.
+Those who do not fit into one forward take turns of a second: were it a step, all would be done at the end of all.
 """
 
 import math
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from api.engine import sampler
 from api.engine.adapters import Adapter
+from api.engine.knee import Knee
 from api.engine.sampler import Schedule
 from api.engine.slots import NO_ADAPTER, Slots, SlotsFull
 from api.engine.weights import is_out_of_memory
@@ -29,6 +31,7 @@ from api.errors import BadPicture, ShuttingDown
 
 log = structlog.get_logger()
 
+TURN_SECONDS = 1.0
 OnCall = Callable[[int, Tensor], None]
 """Called after each call of the UNet with how many are done and the latents; whatever it raises ends the task."""
 
@@ -85,9 +88,14 @@ class Task:
         return self.state[:, 0]
 
     @property
+    def shape(self) -> Hashable:
+        """The shape of its rows."""
+        return self.state.shape[2:], self.text.shape[1:]
+
+    @property
     def kind(self) -> Hashable:
         """What tasks must have in common to share a forward."""
-        return self.model, self.state.shape[2:], self.text.shape[1:]
+        return self.model, self.shape
 
     @property
     def cost(self) -> int:
@@ -101,13 +109,18 @@ class Batch:
     Args:
         most_rows: of one forward; a task that alone has more is drawn alone.
         free_memory: hands memory that nothing refers to back to the device.
+        knee: finds out how many rows pay; None for as many as there are.
     """
 
-    def __init__(self, most_rows: int, free_memory: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, most_rows: int, free_memory: Callable[[], None] = lambda: None, knee: Knee | None = None
+    ) -> None:
         self._most_rows = most_rows
+        self._knee = knee
         self._free_memory = free_memory
         self._most_cost = math.inf  # of one forward, once one was too large for the memory
         self._tasks: list[Task] = []  # in the order of their arrival
+        self._last: list[Task] = []  # those of the step before
         self._served: defaultdict[str, float] = defaultdict(float)  # by user: seconds of the device
         self._changed = threading.Condition()
         self._stopping = False
@@ -155,7 +168,7 @@ class Batch:
         with self._changed:
             waiting = list(self._tasks)
         try:
-            tasks = self._schedule(list(waiting))
+            tasks = self._last = self._schedule(list(waiting))
             if tasks:
                 self._run(tasks)
             self._postprocess(tasks)
@@ -165,25 +178,31 @@ class Batch:
 
     def _schedule(self, waiting: list[Task]) -> list[Task]:
         """Returns the tasks of the next step: of one kind, least served users first, as many as fit."""
-        chosen, rows, cost = list[Task](), 0, 0
+        chosen, rows, cost, most_rows = list[Task](), 0, 0, self._most_rows
         of_user: Counter[str] = Counter()
         while waiting:
             # Those of one user, who may be behind everybody, not before all others of the same forward.
-            task = min(waiting, key=lambda task: (self._served[task.user_id], of_user[task.user_id]))
+            task = min(waiting, key=lambda task: (self._behind(task), of_user[task.user_id]))
             waiting.remove(task)
             fits = not chosen or (
                 task.kind == chosen[0].kind
                 and not task.alone
-                and rows + task.rows <= self._most_rows
+                and rows + task.rows <= most_rows
                 and cost + task.cost <= self._most_cost
             )
             if self._is_wanted(task) and fits and self._has_slot(task):
+                if not chosen and self._knee is not None:
+                    most_rows = min(most_rows, self._knee.rows(task.model, task.shape))
                 chosen.append(task)
                 rows, cost = rows + task.rows, cost + task.cost
                 of_user[task.user_id] += task.rows
                 if task.alone:
                     break
         return chosen
+
+    def _behind(self, task: Task) -> float:
+        """Returns what its user was given, for a task whose turn it is as if that were less."""
+        return self._served[task.user_id] - (TURN_SECONDS if task in self._last else 0.0)
 
     def _is_wanted(self, task: Task) -> bool:
         try:
@@ -227,7 +246,10 @@ class Batch:
                 self._run([task])
 
     def _move_on(self, tasks: Sequence[Task], states: Sequence[Tensor], seconds: float) -> None:
-        a_row = seconds / sum(task.rows for task in tasks)
+        rows = sum(task.rows for task in tasks)
+        a_row = seconds / rows
+        if self._knee is not None:
+            self._knee.note(tasks[0].model, tasks[0].shape, rows, seconds)
         for task, state in zip(tasks, states, strict=True):
             task.state = state
             task.done += 1
@@ -259,6 +281,7 @@ class Batch:
                     except Exception as error:  # the device is gone: the others hear of it from their own steps
                         log.error("slot_not_released", exc_info=error)
             self._tasks = [task for task in self._tasks if not task.ended.done()]
+            self._last = [task for task in self._last if not task.ended.done()]
             present = {task.user_id for task in self._tasks}
             for user in self._served.keys() - present:
                 del self._served[user]
@@ -294,9 +317,7 @@ def _predict(model: Slots, tasks: Sequence[Task], states: Tensor) -> Tensor:
     rows = latents[torch.tensor(_picture_of_rows(tasks))]
     timesteps = torch.cat([task.schedule.timesteps[task.done].expand(task.rows) for task in tasks]).to(states.device)
     text = torch.cat([task.text for task in tasks])
-    with model.rows([task.slot or NO_ADAPTER for task in tasks for _ in range(task.rows)]):
-        predicted: Tensor = model.module(rows, timesteps, encoder_hidden_states=text, return_dict=False)[0]
-    return predicted.float()
+    return model.predict([task.slot or NO_ADAPTER for task in tasks for _ in range(task.rows)], rows, timesteps, text)
 
 
 def _picture_of_rows(tasks: Sequence[Task]) -> list[int]:

@@ -3,6 +3,7 @@
 import gc
 import math
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,26 +13,32 @@ from typing import TypeAlias
 
 import diffusers
 import psutil
+import structlog
 import torch
 import transformers
 
 from api.config import ModelSource, Settings, locate
-from api.engine import components, sources, weights
+from api.engine import components, deltas, sources, weights
 from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.cache import Loaded
-from api.engine.pipeline import Drawing, OnStep, draw, draw_stock
+from api.engine.knee import Knee
+from api.engine.pipeline import Drawing, OnStep, draw, draw_stock, drawn_size
 from api.engine.sources import FoundBase
 from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter, load_stock_adapter
 from api.engine.text2image import STABLE_DIFFUSION
-from api.errors import DeviceLost, ModelUnavailable, OutOfMemory
+from api.engine.warming import warm
+from api.errors import DeviceLost, ModelUnavailable, OutOfMemory, ShuttingDown
 from api.schemas import GenerateRequest
 
 AnyBase: TypeAlias = Base | StockBase
 AnyAdapter: TypeAlias = Adapter | StockAdapter
 
+log = structlog.get_logger()
+
+USUAL_SIDE = 512  # pixels, that a compiled model is warmed for; others wait for it once
 HOST_SHARE = 0.5
 GPU_SHARE = 0.7
 CGROUP = Path("/sys/fs/cgroup")
@@ -56,7 +63,7 @@ class Engine:
             torch.set_num_threads(settings.cpu_threads)
         self._bases: weakref.WeakSet[Base] = weakref.WeakSet()  # those with slots
         self._counting = threading.Lock()  # of them
-        self._batch = Batch(settings.batch_rows, self.free_memory)
+        self._batch = Batch(settings.batch_rows, self.free_memory, Knee(settings.batch_rows))
 
     @property
     def device(self) -> str:
@@ -135,15 +142,47 @@ class Engine:
         with self._told_apart():
             if found.pipeline == STABLE_DIFFUSION:
                 pipeline = components.load_pipeline(found, self._placement, self._pool)
-                base = Base(pipeline, slots=self._settings.batch_rows)
+                base = Base(pipeline, slots=self._settings.batch_rows, compiled=self._settings.compile)
             else:
                 base = StockBase(components.load_stock(found, self._placement, self._pool))
         if isinstance(base, Base):
             with self._counting:
                 self._bases.add(base)
+            if self._settings.compile and base.fits_the_batch:
+                self._warm(base)
         modules = (part for part in base.pipeline.components.values() if isinstance(part, torch.nn.Module))
         tensors = (tensor for module in modules for tensor in weights.tensors_of(module))
         return Loaded(base, weights.storages_of(tensors))
+
+    def _warm(self, base: Base) -> None:
+        width, height = drawn_size(base.pipeline, USUAL_SIDE, USUAL_SIDE)
+        cell = base.pipeline.vae_scale_factor
+        began = time.perf_counter()
+        try:
+            warm(base, self._batch, self._settings.batch_rows, width // cell, height // cell)
+        except ShuttingDown:
+            raise
+        except Exception as error:  # as where there is no compiler; whatever else it is will show without one, too
+            log.warning("not_compiled", reason=str(error).strip().splitlines()[0])
+            base.run_plain()
+        else:
+            log.info("compiled", seconds=round(time.perf_counter() - began, 1))
+
+    def ridden_by(self, source: ModelSource, found: FoundBase) -> ModelSource:
+        """Returns what is drawn in a step with others in place of a checkpoint, by its delta; else the checkpoint.
+
+        Raises:
+            ModelUnavailable: the delta's file is not there, or is none.
+        """
+        assert source.delta is not None
+        itself, delta = source.itself(), deltas.read_delta(locate(source.delta))
+        if delta.fingerprint != deltas.fingerprint(found):
+            log.warning("delta_of_another_checkpoint", model=itself.model_id, delta=source.delta)
+            return itself
+        if not delta.passed:
+            log.warning("delta_too_far_off", model=itself.model_id, delta=source.delta, psnr=delta.psnr)
+            return itself
+        return ModelSource(base=delta.base, lora=source.delta)
 
     def find_adapter(self, source: ModelSource) -> Path:
         """Returns the weight file of the LoRA of `source`. Raises ModelUnavailable."""

@@ -1,6 +1,7 @@
 """Drawing: one request, from a leased model to finished pixels, in the lane that suits it.
 
-The batch draws what it can: base, adapter and sampler of every request in one forward with those of others. A LoRA that
+The batch draws what it can: base, adapter and sampler of every request in one forward with those of others; so it does
+with what stands for a whole checkpoint (delta). A LoRA that
 does not fit its slots, and a request that shall not depend on its neighbours, have a copy of the UNet's tree to
 themselves there (exact). What the step loop cannot do at all is left to diffusers' own call (stock), and so is every
 base that is no Stable Diffusion.
@@ -206,9 +207,10 @@ def _in_batch(
     text = torch.cat([encode(text, adapter).expand(request.num_images, -1, -1) for text in texts])
     generators = _generators(request, seed)
     noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-    rides = adapter is not None and not request.reproducible and base.unet.fits(adapter)
+    shared = base.shared_unet(adapter)
+    rides = adapter is not None and not request.reproducible and shared.fits(adapter)
     task = Task(
-        model=base.unet if rides or adapter is None else base.own_unet(),
+        model=shared if rides or (adapter is None and not request.reproducible) else base.own_unet(),
         adapter=adapter,
         user_id=request.user_id,
         schedule=schedule,
@@ -221,7 +223,13 @@ def _in_batch(
         on_call=lambda done, latents: stepped(done, schedule.calls, latents),
         check=check,
     )
-    return _Denoised(batch.draw(task), "batch" if rides else "exact", task.seconds)
+    return _Denoised(batch.draw(task), _lane(adapter, rides), task.seconds)
+
+
+def _lane(adapter: Adapter | None, rides: bool) -> Lane:
+    if adapter is None or not rides:
+        return "exact"
+    return "delta" if adapter.of_checkpoint else "batch"
 
 
 def _by_stock_call(

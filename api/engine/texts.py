@@ -35,7 +35,7 @@ class Texts:
 
     def encode(self, text: str, adapter: Adapter | None) -> Tensor:
         """Returns the embedding (1, tokens, width) of `text`, cut at what the encoder reads."""
-        if adapter is not None and not any(delta.component == COMPONENT for delta in adapter.deltas):
+        if adapter is not None and not adapter.of(COMPONENT):
             adapter = None
         # A digest: no prompt stays in memory for having been read.
         key = (adapter and adapter.key, hashlib.sha256(text.encode()).digest())

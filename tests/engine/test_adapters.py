@@ -146,7 +146,8 @@ def test_strength_scales_the_change_and_zero_is_none(
     tmp_path: Path, base: StableDiffusionPipeline, unet: Factors
 ) -> None:
     file = builders.diffusers_lora(tmp_path / "lora.safetensors", unet, {})
-    assert [delta.scale for delta in load_adapter(file, base, -0.5).deltas] == [-0.5] * 4
+    deltas = load_adapter(file, base, -0.5).deltas
+    assert [delta.scale for delta in deltas if isinstance(delta, LayerDelta)] == [-0.5] * 4
     assert all(torch.equal(one, two) for one, two in zip(ours(base, file, 0.0), outputs(base), strict=True))
 
 
@@ -341,3 +342,49 @@ def test_pointwise_convolutions_may_be_stored_as_matrices(
     flat = builders.kohya_lora(tmp_path / "flat.safetensors", squeezed, {})
     whole = builders.kohya_lora(tmp_path / "whole.safetensors", {POINTWISE: unet[POINTWISE]}, {})
     assert torch.equal(ours(base, flat)[1], ours(base, whole)[1])
+
+
+NORM = "down_blocks.0.resnets.0.norm1"
+LAYER_NORM = "down_blocks.0.attentions.0.transformer_blocks.0.norm1"
+
+
+@pytest.mark.parametrize("endings", [("diff", "diff_b"), ("w_norm", "b_norm")])
+def test_norms_and_biases_may_be_changed_too(
+    tmp_path: Path, base: StableDiffusionPipeline, endings: tuple[str, str]
+) -> None:
+    weight, bias = endings
+    change, wide = torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 16)
+    file = tmp_path / "lora.safetensors"
+    tensors = {f"unet.{NORM}.{weight}": change, f"unet.{LAYER_NORM}.{bias}": change, f"unet.{CONV}.diff_b": wide}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+    adapter = load_adapter(file, base, 0.5)
+    assert not adapter.of_checkpoint
+    changed = merged(base.unet, adapter, "unet")
+    for name, parameter, by in ((NORM, "weight", change), (LAYER_NORM, "bias", change), (CONV, "bias", wide)):
+        before, after = (getattr(unet.get_submodule(name), parameter) for unet in (base.unet, changed))
+        torch.testing.assert_close(after, before + 0.5 * by)
+    assert changed.get_submodule(CONV).weight is not None
+    torch.testing.assert_close(changed.get_submodule(CONV).weight, base.unet.get_submodule(CONV).weight)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        (f"unet.{NORM}.diff", (9,), "the base has one of"),
+        (f"unet.{LINEAR}.diff_b", (8,), "the base has none"),  # attention's projections have no bias
+        (f"unet.{LINEAR}.diff", (8, 8), "not two factors"),
+        (f"unet.{NORM}.lora_A.weight", (2, 8), "the base's is a norm"),
+    ],
+)
+def test_changes_that_the_base_has_no_place_for_are_refused(
+    tmp_path: Path, base: StableDiffusionPipeline, key: str, shape: tuple[int, ...], message: str
+) -> None:
+    save_file({key: torch.ones(shape)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ModelUnavailable, match=message):
+        load_adapter(tmp_path / "lora.safetensors", base, 1.0)
+
+
+def test_a_change_that_is_not_finite_is_refused(tmp_path: Path, base: StableDiffusionPipeline) -> None:
+    save_file({f"unet.{NORM}.diff": torch.full((8,), torch.nan)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ModelUnavailable, match="not finite"):
+        load_adapter(tmp_path / "lora.safetensors", base, 1.0)

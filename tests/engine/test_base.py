@@ -74,7 +74,7 @@ def test_dropping_an_adapter_erases_every_copy_of_it() -> None:
         factor
         for slots in (base.unet, base.texts._slots)
         for table in slots._tables.values()
-        for factor in (table.down, table.up)
+        for factor in table.tensors()
     ]
     assert len(factors) == 2 * len(ada.deltas)
     assert not any(factor.any() for factor in factors)

@@ -215,7 +215,7 @@ def slots(base: StableDiffusionPipeline) -> Slots:
 
 
 def contents(slots: Slots, slot: int) -> list[Tensor]:
-    return [factor[slot].clone() for table in slots._tables.values() for factor in (table.down, table.up)]
+    return [factor[slot].clone() for table in slots._tables.values() for factor in table.tensors()]
 
 
 def test_an_adapter_is_copied_once_and_counted(base: StableDiffusionPipeline, slots: Slots) -> None:
@@ -257,14 +257,14 @@ def test_a_higher_rank_keeps_the_others(base: StableDiffusionPipeline, slots: Sl
     rows = inputs(2)
     ada = slots.acquire(adapter(base, ranks=[3]))
     drawn = together(slots, [ada, ada], rows)
-    buffers = [table.down.data_ptr() for table in slots._tables.values()]
+    buffers = [table.tensors()[0].data_ptr() for table in slots._tables.values()]
     slots.release(slots.acquire(adapter(base, ranks=[4])))
-    assert buffers == [table.down.data_ptr() for table in slots._tables.values()]
+    assert buffers == [table.tensors()[0].data_ptr() for table in slots._tables.values()]
     small = slots.nbytes
     slots.acquire(adapter(base, [LINEAR], ranks=[33]))
-    assert {name: table.down.shape[1] for name, table in slots._tables.items()} == dict.fromkeys(ALL_LAYERS, 4) | {
-        LINEAR: 64
-    }
+    assert {name: table.tensors()[0].shape[1] for name, table in slots._tables.items()} == dict.fromkeys(
+        ALL_LAYERS, 4
+    ) | {LINEAR: 64}
     assert slots.nbytes == small + 60 * (8 + 8) * 3 * 4  # ranks × (in + out) × slots × float32
     assert is_close(together(slots, [ada, ada], rows), drawn)
 
@@ -329,7 +329,7 @@ def test_drops_on_another_thread_reach_nobody_who_draws(base: StableDiffusionPip
     assert all(is_close(drawn[row], alone[row % 2][row]) for row in range(ROWS))
     for slot in held:
         slots.release(slot)
-    assert not any(factor.any() for table in slots._tables.values() for factor in (table.down, table.up))
+    assert not any(factor.any() for table in slots._tables.values() for factor in table.tensors())
     assert sorted(slots.acquire(adapter(base, seed=seed)) for seed in range(8)) == [*range(1, 9)], "no slot is lost"
 
 
@@ -481,7 +481,7 @@ def test_new_users_are_copies_that_compile_nothing_anew(base: StableDiffusionPip
     counter = CompileCounter()
     compiled = torch.compile(slots.module, backend=counter, fullgraph=True, dynamic=False)
     x = torch.randn(3, 4, 16, 16)
-    buffers = [factor.data_ptr() for table in slots._tables.values() for factor in (table.down, table.up)]
+    buffers = [factor.data_ptr() for table in slots._tables.values() for factor in table.tensors()]
     for rank in range(1, 5):
         slots.release(held.pop(0))
         held.append(slots.acquire(user(rank)))
@@ -489,4 +489,4 @@ def test_new_users_are_copies_that_compile_nothing_anew(base: StableDiffusionPip
             with torch.inference_mode(), slots.rows(chosen):
                 assert torch.allclose(compiled(x), slots.module(x), atol=1e-6)
     assert counter.frame_count == 2  # without any adapter, and with some
-    assert buffers == [factor.data_ptr() for table in slots._tables.values() for factor in (table.down, table.up)]
+    assert buffers == [factor.data_ptr() for table in slots._tables.values() for factor in table.tensors()]

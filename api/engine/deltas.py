@@ -1,0 +1,163 @@
+"""Deltas: a fine-tuned checkpoint as what it changed in its base, so that it shares the base's forwards and memory.
+
+Each weight's change W − W_base is cut to the product of two factors of low rank, which truncated singular values make
+the closest there is (Eckart and Young, https://doi.org/10.1007/BF02288367); biases and norms keep theirs whole. What
+comes out is a LoRA file. It stands for the checkpoint only if a gate lets it pass: the same prompts and seeds, drawn
+with both, must come out as the same pictures. The file says what the gate measured.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from api.engine.adapters import CHECKPOINT, COMPONENTS, Layer, Norm
+from api.engine.sources import FoundBase, weight_files
+from api.engine.weights import read_header
+from api.errors import ModelUnavailable
+from api.schemas import GenerateRequest
+
+LEAST_PSNR = 35.0  # decibels, of every picture of the gate
+GATE = tuple(
+    GenerateRequest(prompt=prompt, num_inference_steps=30, seed=seed)
+    for seed, prompt in enumerate(
+        (
+            "photo of sks person",
+            "sks person as a futuristic astronaut",
+            "a lighthouse in a storm",
+            "sks person as a knight",
+        )
+    )
+)
+EXACT_BELOW = 4  # times the rank: smaller sides are decomposed exactly, larger ones by random projections
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for its fingerprint
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What the file of a delta says of itself.
+
+    Attributes:
+        base: the model that it is to be added to, as USER_MODELS names it.
+        fingerprint: of the checkpoint that it stands for.
+        rank: of its factors.
+        psnr: of each picture of the gate against the checkpoint's own, in decibels.
+    """
+
+    base: str
+    fingerprint: str
+    rank: int
+    psnr: tuple[float, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every picture of the gate came out as the checkpoint draws it."""
+        return bool(self.psnr) and min(self.psnr) >= LEAST_PSNR
+
+
+def read_delta(file: Path) -> Delta:
+    """Returns what a delta's file says of itself. Raises ModelUnavailable when it is none."""
+    metadata = read_header(file).get("__metadata__") or {}
+    try:
+        said = json.loads(metadata[CHECKPOINT])
+        return Delta(str(said["base"]), str(said["fingerprint"]), int(said["rank"]), tuple(map(float, said["psnr"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelUnavailable(f"{file.name} is not a delta", "Make it anew: sitter delta.") from error
+
+
+def write_delta(file: Path, tensors: Mapping[str, Tensor], delta: Delta) -> None:
+    """Writes a delta's file."""
+    save_file(dict(tensors), file, metadata={CHECKPOINT: json.dumps(asdict(delta))})
+
+
+def fingerprint(found: FoundBase) -> str:
+    """Returns what tells a checkpoint from every other: a hash of samples of its files, at once for any size."""
+    digest = hashlib.sha256()
+    components = [found.path / component for component in COMPONENTS]
+    for file in [found.path] if found.path.is_file() else [file for each in components for file in weight_files(each)]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for sample in range(SAMPLES):
+                opened.seek(size * sample // SAMPLES)
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def extract(base: StableDiffusionPipeline, checkpoint: StableDiffusionPipeline, rank: int) -> dict[str, Tensor]:
+    """Returns the tensors of the LoRA file that turns `base` into something close to `checkpoint`, on the host.
+
+    Args:
+        base: in float32, as `checkpoint`.
+        checkpoint: what was made of it by training.
+        rank: of the factors, at most.
+
+    Raises:
+        ModelUnavailable: it was made of another base, or changed what a LoRA cannot.
+    """
+    if not _alike(base.vae, checkpoint.vae):
+        raise ModelUnavailable(
+            "the two models have different decoders", "A delta changes the UNet and the text encoder."
+        )
+    made: dict[str, Tensor] = {}
+    for component in COMPONENTS:
+        for name, tensor in _changes(getattr(base, component), getattr(checkpoint, component), rank):
+            made[f"{component}.{name}"] = tensor.contiguous().cpu()
+    if not made:
+        raise ModelUnavailable("the two models are the same")
+    return made
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _changes(base: nn.Module, checkpoint: nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
+    own, other = (dict(module.named_parameters()) for module in (base, checkpoint))
+    shapes, others = ({name: tensor.shape for name, tensor in each.items()} for each in (own, other))
+    if shapes != others:
+        raise ModelUnavailable("the checkpoint was made of another base", "Name the one that it was trained from.")
+    changed = {name: other[name].float() - own[name].float() for name in own if not torch.equal(own[name], other[name])}
+    for name, layer in base.named_modules():
+        weight, bias = (changed.pop(f"{name}.{kind}", None) for kind in ("weight", "bias"))
+        if weight is not None and isinstance(layer, Layer):
+            down, up = _factors(weight.flatten(1), rank)
+            yield f"{name}.lora_A.weight", down.reshape(len(down), *weight.shape[1:]).half()
+            yield f"{name}.lora_B.weight", up.reshape(*up.shape, *[1] * (weight.dim() - 2)).half()
+        elif weight is not None and isinstance(layer, Norm):
+            yield f"{name}.diff", weight
+        elif weight is not None:
+            changed[f"{name}.weight"] = weight
+        if bias is not None:
+            yield f"{name}.diff_b", bias
+    if changed:
+        raise ModelUnavailable(f"the checkpoint changed {min(changed)}, which no LoRA can", "It is drawn as it is.")
+
+
+def _factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns A (rank, in) and B (out, rank) with B A closest to `change` (out, in)."""
+    rank = min(rank, *change.shape)
+    if min(change.shape) < EXACT_BELOW * rank:
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    else:  # https://arxiv.org/abs/0909.4061, sections 4.4 and 5.1
+        u, s, v = torch.svd_lowrank(change, q=2 * rank, niter=4)
+        vh = v.mT
+    root = s[:rank].sqrt()  # in halves, so that neither leaves the range of float16
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def psnr(pictures: Sequence[Image.Image], expected: Sequence[Image.Image]) -> tuple[float, ...]:
+    """Returns the peak signal-to-noise ratio of each picture, in decibels; 100 for equal ones."""
+    pairs = zip(pictures, expected, strict=True)
+    errors = [np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean() for a, b in pairs]
+    return tuple(float(min(100.0, 10 * np.log10(255**2 / max(error, 1e-9)))) for error in errors)
