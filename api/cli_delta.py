@@ -51,9 +51,9 @@ def make_delta(
 
 def _make(models: ModelService, source: ModelSource, base: ModelSource, rank: int, file: Path) -> bool:
     """Writes the delta with the gate's verdict, and returns that."""
-    from api.engine import deltas  # torch comes with it
+    found = models.engine.find_base(source)  # and torch is there: two threads that import it trip over each other
+    from api.engine import deltas
 
-    found = models.engine.find_base(source)
     with models.lease(source) as checkpoint, models.lease(base) as leased:
         to_people.print("Extracting …")
         tensors = deltas.extract(leased.base.pipeline, checkpoint.base.pipeline, rank)

@@ -12,10 +12,11 @@ Those who do not fit into one forward take turns of a second: were it a step, al
 import math
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import structlog
 import torch
@@ -26,8 +27,11 @@ from api.engine.adapters import Adapter
 from api.engine.knee import Knee
 from api.engine.sampler import Schedule
 from api.engine.slots import NO_ADAPTER, Slots, SlotsFull
+from api.engine.threads import settle
 from api.engine.weights import is_out_of_memory
 from api.errors import BadPicture, ShuttingDown
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -110,11 +114,18 @@ class Batch:
         most_rows: of one forward; a task that alone has more is drawn alone.
         free_memory: hands memory that nothing refers to back to the device.
         knee: finds out how many rows pay; None for as many as there are.
+        takes_work: whether `run` has things done on the loop's thread, see `threads`.
     """
 
     def __init__(
-        self, most_rows: int, free_memory: Callable[[], None] = lambda: None, knee: Knee | None = None
+        self,
+        most_rows: int,
+        free_memory: Callable[[], None] = lambda: None,
+        knee: Knee | None = None,
+        takes_work: bool = False,
     ) -> None:
+        self._takes_work = takes_work
+        self._work: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._most_rows = most_rows
         self._knee = knee
         self._free_memory = free_memory
@@ -146,6 +157,23 @@ class Batch:
             self._changed.notify()
         return task.ended.result()
 
+    def run(self, action: Callable[[], T]) -> T:
+        """Returns what `action` does, between two steps where the loop takes work. Blocks; not for the loop's thread.
+
+        Raises:
+            ShuttingDown: the server stops.
+            Exception: what `action` raises.
+        """
+        if not self._takes_work:
+            return action()
+        done = Future[T]()
+        with self._changed:
+            if self._stopping:
+                raise ShuttingDown("the server is stopping")
+            self._work.append((done, action))
+            self._changed.notify()
+        return done.result()
+
     def close(self) -> None:
         """Ends the thread after the step under way; what is not drawn by then raises ShuttingDown."""
         with self._changed:
@@ -158,15 +186,20 @@ class Batch:
             with self._changed:
                 if not self._tasks:
                     self._most_cost = math.inf  # whoever comes next may find more memory
-                self._changed.wait_for(lambda: self._tasks or self._stopping)
+                self._changed.wait_for(lambda: self._tasks or self._work or self._stopping)
                 if self._stopping:
                     self._end(self._tasks, ShuttingDown("the server is stopping"))
+                    for done, _ in self._work:
+                        done.set_exception(ShuttingDown("the server is stopping"))
                     return
             self._turn_once()  # whose locals keep nothing alive while the loop waits
 
     def _turn_once(self) -> None:
         with self._changed:
             waiting = list(self._tasks)
+            work = self._work.popleft() if self._work else None
+        if work is not None:  # one thing, then a step: neither holds the other up for long
+            settle(*work)
         try:
             tasks = self._last = self._schedule(list(waiting))
             if tasks:

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,10 +26,12 @@ from api.engine.batch import Batch
 from api.engine.cache import Loaded
 from api.engine.knee import Knee
 from api.engine.pipeline import Drawing, OnStep, draw, draw_stock, drawn_size
+from api.engine.preview import fitted
 from api.engine.sources import FoundBase
 from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter, load_stock_adapter
 from api.engine.text2image import STABLE_DIFFUSION
+from api.engine.threads import in_own_thread
 from api.engine.warming import warm
 from api.errors import DeviceLost, ModelUnavailable, OutOfMemory, ShuttingDown
 from api.schemas import GenerateRequest
@@ -63,7 +66,9 @@ class Engine:
             torch.set_num_threads(settings.cpu_threads)
         self._bases: weakref.WeakSet[Base] = weakref.WeakSet()  # those with slots
         self._counting = threading.Lock()  # of them
-        self._batch = Batch(settings.batch_rows, self.free_memory, Knee(settings.batch_rows))
+        self._batch = Batch(
+            settings.batch_rows, self.free_memory, Knee(settings.batch_rows), takes_work=self.device == "cpu"
+        )
 
     @property
     def device(self) -> str:
@@ -138,13 +143,8 @@ class Engine:
 
     def load_base(self, found: FoundBase) -> Loaded[AnyBase]:
         """Returns the base, on the device. Raises ModelUnavailable, OutOfMemory or DeviceLost."""
-        base: AnyBase
         with self._told_apart():
-            if found.pipeline == STABLE_DIFFUSION:
-                pipeline = components.load_pipeline(found, self._placement, self._pool)
-                base = Base(pipeline, slots=self._settings.batch_rows, compiled=self._settings.compile)
-            else:
-                base = StockBase(components.load_stock(found, self._placement, self._pool))
+            base = in_own_thread(partial(self._load, found))
         if isinstance(base, Base):
             with self._counting:
                 self._bases.add(base)
@@ -153,6 +153,13 @@ class Engine:
         modules = (part for part in base.pipeline.components.values() if isinstance(part, torch.nn.Module))
         tensors = (tensor for module in modules for tensor in weights.tensors_of(module))
         return Loaded(base, weights.storages_of(tensors))
+
+    def _load(self, found: FoundBase) -> AnyBase:
+        if found.pipeline != STABLE_DIFFUSION:
+            return StockBase(components.load_stock(found, self._placement, self._pool))
+        pipeline = components.load_pipeline(found, self._placement, self._pool)
+        fitted(pipeline.vae)  # now: the step loop shall not wait for it
+        return Base(pipeline, slots=self._settings.batch_rows, compiled=self._settings.compile)
 
     def _warm(self, base: Base) -> None:
         width, height = drawn_size(base.pipeline, USUAL_SIDE, USUAL_SIDE)
@@ -202,11 +209,11 @@ class Engine:
         """
         if isinstance(base, StockBase):
             with self._told_apart():
-                changed = load_stock_adapter(file, base.pipeline, strength)
+                changed = in_own_thread(partial(load_stock_adapter, file, base.pipeline, strength))
             # The base's own weights are among its tensors: it keeps them in memory even when its base has left.
             return Loaded(changed, weights.storages_of(changed.tensors()))
         with self._told_apart():
-            adapter = load_adapter(file, base.pipeline, strength)
+            adapter = in_own_thread(partial(load_adapter, file, base.pipeline, strength))
 
         def drop() -> None:
             for in_memory in self._in_memory():  # the base may have left and come back meanwhile

@@ -25,10 +25,11 @@ from api.engine import sampler, stock
 from api.engine.adapters import Adapter
 from api.engine.base import Base
 from api.engine.batch import Batch, Task
-from api.engine.preview import fitted, preview, shows
+from api.engine.preview import preview, shows
 from api.engine.sampler import Schedule
 from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter
+from api.engine.threads import in_own_thread
 from api.errors import BadPicture, Blocked, ModelUnavailable
 from api.schemas import GenerateRequest, Lane
 
@@ -116,19 +117,15 @@ def draw(
 
     with torch.inference_mode():
         started = time.perf_counter()
-        fitted(pipeline.vae)  # here, the first time: the step loop shall not wait for it
         schedule = _schedule(base, request)
         if schedule is None:
             denoised = _by_stock_call(base, adapter, request, seed, stepped, check)
         else:
             denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped, check)
         done = time.perf_counter()
-        with _decoding:
-            began = time.perf_counter()
-            images = [sized(image, request.width, request.height) for image in _decode(pipeline, denoised.latents)]
-        decode_seconds = time.perf_counter() - began
+        images, decode_seconds = batch.run(partial(_decode_timed, pipeline, denoised.latents))
     return Drawing(
-        images,
+        [sized(image, request.width, request.height) for image in images],
         denoised.lane,
         done - started,
         denoised.device_seconds + decode_seconds,
@@ -156,13 +153,18 @@ def draw_stock(
         vae = base.pipeline.vae
         on_step(Step(done, of, partial(preview, latents[0], vae) if shows(latents, vae) else lambda: None))
 
-    with torch.inference_mode(), _one_stock_call(check):
-        began = time.perf_counter()
+    @torch.inference_mode()
+    def pictures() -> list[Image.Image]:
         pixels = stock.pictures(base, adapter, request, _generators(request, seed), stepped)
         if not torch.isfinite(pixels).all():
             raise BadPicture(NO_PIXELS)
+        images: list[Image.Image] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
+        return images
+
+    with _one_stock_call(check):
+        began = time.perf_counter()
+        images = in_own_thread(pictures)
         unread = _unread(partial(stock.beyond, base), request)
-    images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
     done = time.perf_counter()
     return Drawing(
         [sized(image, request.width, request.height) for image in images],
@@ -204,7 +206,7 @@ def _in_batch(
     guided = request.guidance_scale > 1
     texts = [request.negative_prompt or "", request.prompt] if guided else [request.prompt]
     encode = base.texts.encode_alone if request.reproducible else base.texts.encode
-    text = torch.cat([encode(text, adapter).expand(request.num_images, -1, -1) for text in texts])
+    text = torch.cat([encode(text, adapter, batch.run).expand(request.num_images, -1, -1) for text in texts])
     generators = _generators(request, seed)
     noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
     shared = base.shared_unet(adapter)
@@ -243,7 +245,8 @@ def _by_stock_call(
     size = drawn_size(base.pipeline, request.width, request.height)
     with _one_stock_call(check):
         began = time.perf_counter()
-        latents = stock.draw(base.pipeline, adapter, request, size, _generators(request, seed), stepped)
+        draw = partial(stock.draw, base.pipeline, adapter, request, size, _generators(request, seed), stepped)
+        latents = in_own_thread(torch.inference_mode()(draw))
         return _Denoised(latents, "stock", time.perf_counter() - began)
 
 
@@ -286,6 +289,14 @@ def _unread(beyond: Callable[[str], str], request: GenerateRequest) -> dict[str,
     if request.negative_prompt and request.guidance_scale > 1:
         texts["negative_prompt"] = request.negative_prompt
     return {field: end for field, text in texts.items() if (end := beyond(text))}
+
+
+@torch.inference_mode()
+def _decode_timed(pipeline: StableDiffusionPipeline, latents: Tensor) -> tuple[list[Image.Image], float]:
+    """Returns the pictures, and the seconds that they took."""
+    with _decoding:
+        began = time.perf_counter()
+        return _decode(pipeline, latents), time.perf_counter() - began
 
 
 def _decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:

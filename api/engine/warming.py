@@ -33,12 +33,13 @@ def warm(base: Base, batch: Batch, most_rows: int, width: int, height: int) -> N
     """
     nothing = _nothing(base.pipeline.unet)
     with torch.inference_mode():
+        text = base.texts.encode("", None, batch.run).to(base.unet.dtype)
         for rows in (size for size in BUCKETS if size <= most_rows):
-            batch.draw(_task(base, nothing, rows, width, height))
+            batch.draw(_task(base, nothing, text, rows, width, height))
     base.drop(nothing)
 
 
-def _task(base: Base, adapter: Adapter, rows: int, width: int, height: int) -> Task:
+def _task(base: Base, adapter: Adapter, text: Tensor, rows: int, width: int, height: int) -> Task:
     unet = base.pipeline.unet
     schedule = sampler.schedule("ddim", dict(base.pipeline.scheduler.config), 1)
     noise = torch.zeros(rows, unet.config.in_channels, height, width)
@@ -48,7 +49,7 @@ def _task(base: Base, adapter: Adapter, rows: int, width: int, height: int) -> T
         user_id=GenerateRequest.model_fields["user_id"].default,
         schedule=schedule,
         state=sampler.start(noise, schedule).to(unet.device),
-        text=base.texts.encode("", None).expand(rows, -1, -1).to(base.unet.dtype),
+        text=text.expand(rows, -1, -1),
         guidance_scale=1.0,
         guidance_rescale=0.0,
         generators=[],
