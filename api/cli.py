@@ -213,7 +213,9 @@ def _try_models(settings: Settings, service: ModelService) -> int:
             console.print(f"  [yellow]later[/]  {user}: {source.base} is downloaded from the hub at its first use")
             continue
         try:
-            with service.lease(source):
+            if source.delta is not None:
+                service.engine.delta_over(source)
+            with service.lease(source.itself()):
                 took = time.perf_counter() - began
         except SitterError as error:
             failed += 1

@@ -204,8 +204,9 @@ class Settings(BaseSettings):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the UNet of Stable Diffusion models (torch.compile; needs a C++ compiler): faster steps, "
-        "after minutes for each model at every start.",
+        description="Compile the UNet of Stable Diffusion models, for GPUs (torch.compile; needs a C++ compiler). "
+        "Each model takes minutes when it is loaded, and so does the first LoRA that changes other layers than "
+        "attention; nothing is drawn meanwhile.",
     )
     lease_seconds: float = Field(
         default=30.0, ge=0.5, le=3600, description="A job whose worker is silent for so long runs again elsewhere."

@@ -10,19 +10,20 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from api.config import ModelSource, Settings
+from api.config import ModelSource, Settings, locate
 from api.engine.cache import Lease, Loaded, ModelCache, Reserve
 from api.engine.finder import Finder
 from api.engine.turns import Turns
-from api.errors import EngineUnavailable, OutOfMemory, ShuttingDown
+from api.errors import EngineUnavailable, ModelUnavailable, OutOfMemory, ShuttingDown
 from api.schemas import GenerateRequest, Lane, Timings
 
 if TYPE_CHECKING:
@@ -92,6 +93,14 @@ class _Drawn:
     queue_seconds: float
 
 
+@dataclass(frozen=True)
+class _Riding:
+    """What is drawn for a source with a delta, and when the delta's file was made."""
+
+    delta_made: tuple[int, int] | None
+    drawn: ModelSource
+
+
 class ModelService:
     """Draws requests, each with its user's model.
 
@@ -106,7 +115,7 @@ class ModelService:
         self._stopping = threading.Event()
         self._turns = Turns(BASES_IN_USE)
         self._finder = Finder(self._find_base)
-        self._riding: dict[ModelSource, ModelSource] = {}  # what is drawn in place of those with a delta
+        self._riding: dict[ModelSource, _Riding] = {}  # what is drawn in place of those with a delta
 
     @property
     def engine(self) -> "Engine":
@@ -167,7 +176,9 @@ class ModelService:
         """Returns the ids of the models in memory; none while the engine starts."""
         if not self._started.done() or self._started.exception() is not None:
             return frozenset()
-        return frozenset(str(key) for key in self.cache.loaded())
+        loaded = self.cache.loaded()
+        by_delta = {source.model_id for source, riding in list(self._riding.items()) if riding.drawn in loaded}
+        return frozenset(map(str, loaded)) | by_delta
 
     def memory(self) -> Memory | None:
         """Returns what the models in memory take and may take; None while the engine starts."""
@@ -206,10 +217,15 @@ class ModelService:
         """Drops the model of `user_id` from memory once it is not used; what others draw with stays."""
         if self.warm():
             others = {source for user, source in self._settings.user_models.items() if user != user_id}
-            others |= {source.without_lora() for source in others}
             own = self._settings.source_for(user_id)
-            for source in {own.itself(), own.without_lora().itself(), self._riding.get(own)} - others:
+            for source in self._all_of([own]) - self._all_of(others):
                 self.cache.drop(source)
+
+    def _all_of(self, sources: Collection[ModelSource]) -> set[ModelSource]:
+        """Returns what is leased for these: adapters, bases, and deltas in the place of checkpoints."""
+        drawn = {source.itself() for source in sources}
+        drawn |= {riding.drawn for source in sources if (riding := self._riding.get(source))}
+        return drawn | {source.without_lora() for source in drawn}
 
     def clear_cache(self) -> tuple[int, int]:
         """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
@@ -264,10 +280,17 @@ class ModelService:
         """Returns what is drawn for a source: the delta that it has, if that is good enough, else the model itself."""
         if source.delta is None:
             return source
-        if source not in self._riding:
-            with self._finder.remembering_failure(source):
-                self._riding[source] = self.engine.ridden_by(source, self._finder.find(source.itself()))
-        return self._riding[source]
+        made, before = _made_at(locate(source.delta)), self._riding.get(source)
+        if before is not None and before.delta_made == made:
+            return before.drawn
+        try:
+            drawn = self.engine.delta_over(source)
+            self.cache.drop(drawn)  # that of an older file of the same name
+        except ModelUnavailable as error:
+            log.warning("delta_not_drawn", model=source.model_id, reason=error.detail)
+            drawn = source.itself()
+        self._riding[source] = _Riding(made, drawn)
+        return drawn
 
     def _find_base(self, source: ModelSource) -> "FoundBase":
         return self.engine.find_base(source)  # the engine is not there yet when the finder is made
@@ -314,6 +337,15 @@ class ModelService:
         self.cache.evict_idle()
         self.engine.free_memory()
         return action()
+
+
+def _made_at(file: Path) -> tuple[int, int] | None:
+    """Returns what tells a file from an older one of its name; None for no file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 def _start(settings: Settings) -> "tuple[Engine, ModelCache[Any]]":

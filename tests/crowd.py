@@ -11,8 +11,8 @@ from torch import Tensor
 from api.engine import sampler
 from api.engine.adapters import Adapter, LayerDelta
 from api.engine.base import Base
-from api.engine.batch import OnCall, Task
 from api.engine.sampler import SAMPLERS
+from api.engine.tasks import OnCall, Task
 from tests import builders
 
 NOBODY = "nobody"  # a user without an adapter

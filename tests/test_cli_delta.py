@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from api import cli_delta
 from api.cli import app
-from api.engine import deltas
 from api.engine.deltas import read_delta
 from api.schemas import GenerateRequest
 from tests import builders
@@ -27,7 +27,8 @@ def _settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path,
     monkeypatch.setenv("USER_MODELS", json.dumps(users))
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("HOST_CACHE_GB", "1")
-    monkeypatch.setattr(deltas, "GATE", (SMALL,))
+    monkeypatch.setattr(cli_delta, "_drawing", lambda prompt, seed: SMALL)
+    monkeypatch.setattr(cli_delta, "PROMPTS", ("one",))
 
 
 def sitter(*words: str) -> Result:
@@ -42,6 +43,8 @@ def test_a_delta_of_enough_rank_may_stand_for_its_checkpoint(tmp_path: Path, bas
     assert made.passed
     assert (made.base, made.rank, len(made.psnr)) == (str(base_folder), 2, 1)
     assert f"delta: {file}" in done.stderr
+    assert sitter("eva", "--base", str(base_folder), "--rank", "1").exit_code == 1
+    assert read_delta(file) == made  # what passed stays
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -49,10 +52,11 @@ def test_one_of_too_low_a_rank_may_not_and_says_so(tmp_path: Path, base_folder: 
     done = sitter("eva", "--base", str(base_folder), "--rank", "1", "-o", str(tmp_path / "low.safetensors"))
     assert done.exit_code == 1
     assert "higher --rank" in done.stderr
-    assert not read_delta(tmp_path / "low.safetensors").passed
+    assert not (tmp_path / "low.safetensors").exists()
 
 
 def test_only_whole_models_have_deltas(base_folder: Path) -> None:
     done = sitter("bo", "--base", str(base_folder))
     assert done.exit_code == 1
     assert "bo has a LoRA" in done.stderr
+    assert "nobody has no model" in sitter("nobody", "--base", str(base_folder)).stderr

@@ -76,7 +76,7 @@ async def make_user(accounts: Accounts, caller: Caller, new: NewUser, request: R
     async def make(session: AsyncSession) -> UserDetail:
         return await _detail(accounts, session, await users.add_user(session, caller.name, new, password))
 
-    return await once(accounts.database, accounts.vault, request, UserDetail, make)
+    return await once(accounts.database, accounts.vault, request, UserDetail, new.id, make)
 
 
 async def change_user(accounts: Accounts, caller: Caller, user_id: str, change: UserChange) -> UserDetail:

@@ -1,4 +1,4 @@
-"""API keys: made, listed and revoked. The key itself is shown once; its hash is kept."""
+"""API keys: made, listed and revoked. The key itself is shown once; its hash is kept (and see `once`)."""
 
 from collections.abc import Collection
 from datetime import timedelta

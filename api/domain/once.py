@@ -41,9 +41,18 @@ async def once(
     vault: Vault,
     request: Repeatable | None,
     answer_type: type[AnswerT],
+    subject: str,
     make: Callable[[AsyncSession], Awaitable[AnswerT]],
 ) -> AnswerT:
     """Returns what `make` answers in a transaction, or what it answered to the same request within a day.
+
+    Args:
+        database: where answers are kept.
+        vault: seals them.
+        request: None for one that is not to be repeated.
+        answer_type: what `make` answers.
+        subject: the user whom the answer is about; it is erased with them.
+        make: does what is asked.
 
     Raises:
         KeyReused: the key came with another request.
@@ -56,7 +65,9 @@ async def once(
         mine = (Answer.caller == request.caller, Answer.idempotency_key == request.idempotency_key)
         # First of all: whoever comes with the same key meanwhile waits here for the end of this transaction.
         same = {"caller": request.caller, "idempotency_key": request.idempotency_key}
-        await insert_new(session, Answer, [{**same, "body_hash": vault.digest(request.asked)}], [*same])
+        await insert_new(
+            session, Answer, [{**same, "subject": subject, "body_hash": vault.digest(request.asked)}], [*same]
+        )
         kept = (await session.scalars(select(Answer).where(*mine))).one()
         if not vault.matches(kept.body_hash, request.asked):
             raise KeyReused("this Idempotency-Key was used for another request")

@@ -12,7 +12,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import anyio
 import anyio.to_thread
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain import audit, jobs, keys, library, users
@@ -71,7 +71,7 @@ async def export(
 ) -> AsyncIterator[bytes]:
     """Returns the parts of a ZIP file with all that is kept about a user; never more than a part is in memory.
 
-    Prompts that are sensitive are open in it for their owner; the secrets of keys are kept nowhere.
+    Prompts that are sensitive are open in it for their owner; the secrets of keys are not in it.
 
     Raises:
         NotFound: there is no such user.
@@ -228,7 +228,7 @@ async def erase(
         await jobs.cancel_all(session, user_id)  # holds them: who publishes one refers to the user, and goes first
         images = list(await session.scalars(select(tables.Image.image_url).where(tables.Image.user_id == user_id)))
         await session.execute(delete(User).where(User.id == user_id))  # and, by cascade, all that is theirs
-        await session.execute(delete(Answer).where(Answer.caller == user_id))
+        await session.execute(delete(Answer).where(or_(Answer.caller == user_id, Answer.subject == user_id)))
         nobody = f"~{vault.digest(user_id.encode())[:24]}"  # no user's id begins so
         await session.execute(update(Usage).where(Usage.user_id == user_id).values(user_id=nobody))
         await audit.append(session, caller.name, ERASED, f"user:{user_id}", images=len(images))

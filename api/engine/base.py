@@ -23,14 +23,15 @@ class Base:
     Args:
         pipeline: as it was loaded.
         slots: how many adapters its UNet holds at once.
-        compiled: whether its UNet is; not in copies for one adapter.
+        compiled: whether its UNet is; not in copies for one adapter, or for those that stand for checkpoints.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, slots: int, compiled: bool = False) -> None:
         self.pipeline = pipeline
         self.unet = Slots(pipeline.unet, "unet", slots, compiled=compiled)
-        # Apart, as they change every layer: rows that carry a small LoRA shall not pay for that.
-        self._checkpoints = Slots(pipeline.unet, "unet", slots, compiled=compiled)
+        # Apart, as they change every layer: rows that carry a small LoRA shall not pay for that. And few, as a slot of
+        # theirs takes many times as much.
+        self._checkpoints = Slots(pipeline.unet, "unet", max(1, slots // 2))
         self.texts = Texts(pipeline)
 
     @property
@@ -43,8 +44,7 @@ class Base:
 
     def run_plain(self) -> None:
         """Has the UNet run as it is from now on, where it cannot be compiled."""
-        for slots in (self.unet, self._checkpoints):
-            slots.run_plain()
+        self.unet.run_plain()
 
     def shared_unet(self, adapter: Adapter | None) -> Slots:
         """Returns the copy of the UNet that an adapter shares with others of its kind."""

@@ -20,25 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from api.engine.adapters import CHECKPOINT, COMPONENTS, Layer, Norm
-from api.engine.sources import FoundBase, weight_files
+from api.engine.sources import FoundBase
+from api.engine.text2image import STABLE_DIFFUSION
 from api.engine.weights import read_header
 from api.errors import ModelUnavailable
-from api.schemas import GenerateRequest
 
 LEAST_PSNR = 32.0  # decibels, of every picture of the gate: at 32 no difference is seen side by side, at 27 some are
-GATE = tuple(
-    GenerateRequest(prompt=prompt, num_inference_steps=30, seed=seed)
-    for seed, prompt in enumerate(
-        (
-            "photo of sks person",
-            "sks person as a futuristic astronaut",
-            "a lighthouse in a storm",
-            "sks person as a knight",
-        )
-    )
-)
 EXACT_BELOW = 4  # times the rank: smaller sides are decomposed exactly, larger ones by random projections
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for its fingerprint
+SAMPLES, SAMPLE_BYTES, SAMPLE_EVERY = 64, 4096, 1024 * 1024  # of each file at least and at most, for a fingerprint
 
 
 @dataclass(frozen=True)
@@ -47,12 +36,14 @@ class Delta:
 
     Attributes:
         base: the model that it is to be added to, as USER_MODELS names it.
+        base_fingerprint: of that model.
         fingerprint: of the checkpoint that it stands for.
         rank: of its factors.
         psnr: of each picture of the gate against the checkpoint's own, in decibels.
     """
 
     base: str
+    base_fingerprint: str
     fingerprint: str
     rank: int
     psnr: tuple[float, ...]
@@ -63,12 +54,32 @@ class Delta:
         return bool(self.psnr) and min(self.psnr) >= LEAST_PSNR
 
 
+@dataclass(frozen=True)
+class Extracted:
+    """What a delta holds: the tensors of its file, on the host, and the names of changes that it leaves out."""
+
+    tensors: dict[str, Tensor]
+    left_out: list[str]
+
+
+def check_kind(found: FoundBase) -> None:
+    """Raises ModelUnavailable for a model that is no Stable Diffusion: others have no deltas."""
+    if found.pipeline != STABLE_DIFFUSION:
+        raise ModelUnavailable(f"{found.name} is a {found.pipeline}", "Only Stable Diffusion has deltas.")
+
+
 def read_delta(file: Path) -> Delta:
     """Returns what a delta's file says of itself. Raises ModelUnavailable when it is none."""
     metadata = read_header(file).get("__metadata__") or {}
     try:
         said = json.loads(metadata[CHECKPOINT])
-        return Delta(str(said["base"]), str(said["fingerprint"]), int(said["rank"]), tuple(map(float, said["psnr"])))
+        return Delta(
+            base=str(said["base"]),
+            base_fingerprint=str(said["base_fingerprint"]),
+            fingerprint=str(said["fingerprint"]),
+            rank=int(said["rank"]),
+            psnr=tuple(map(float, said["psnr"])),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelUnavailable(f"{file.name} is not a delta", "Make it anew: sitter delta.") from error
 
@@ -80,21 +91,24 @@ def write_delta(file: Path, tensors: Mapping[str, Tensor], delta: Delta) -> None
 
 def fingerprint(found: FoundBase) -> str:
     """Returns what tells a checkpoint from every other: a hash of samples of its files, at once for any size."""
+    if found.path.is_file():
+        files = [found.path]
+    else:
+        files = sorted([*found.path.glob("*/*.safetensors"), *found.path.glob("**/*.json")])
     digest = hashlib.sha256()
-    components = [found.path / component for component in COMPONENTS]
-    for file in [found.path] if found.path.is_file() else [file for each in components for file in weight_files(each)]:
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
-            for sample in range(SAMPLES):
-                opened.seek(size * sample // SAMPLES)
+            for start in range(0, size, max(SAMPLE_BYTES, min(SAMPLE_EVERY, size // SAMPLES))):
+                opened.seek(start)
                 digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def extract(base: StableDiffusionPipeline, checkpoint: StableDiffusionPipeline, rank: int) -> dict[str, Tensor]:
-    """Returns the tensors of the LoRA file that turns `base` into something close to `checkpoint`, on the host.
+def extract(base: StableDiffusionPipeline, checkpoint: StableDiffusionPipeline, rank: int) -> Extracted:
+    """Returns what turns `base` into something close to `checkpoint`.
 
     Args:
         base: in float32, as `checkpoint`.
@@ -108,13 +122,15 @@ def extract(base: StableDiffusionPipeline, checkpoint: StableDiffusionPipeline, 
         raise ModelUnavailable(
             "the two models have different decoders", "A delta changes the UNet and the text encoder."
         )
-    made: dict[str, Tensor] = {}
+    made, left_out = dict[str, Tensor](), list[str]()
     for component in COMPONENTS:
-        for name, tensor in _changes(getattr(base, component), getattr(checkpoint, component), rank):
+        for name, tensor in _changes(getattr(base, component), getattr(checkpoint, component), rank, left_out):
             made[f"{component}.{name}"] = tensor.contiguous().cpu()
+    if (base.safety_checker is None) != (checkpoint.safety_checker is None):
+        raise ModelUnavailable("one of the two models has a safety checker", "Take a base that is checked alike.")
     if not made:
         raise ModelUnavailable("the two models are the same")
-    return made
+    return Extracted(made, left_out)
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
@@ -122,7 +138,7 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def _changes(base: nn.Module, checkpoint: nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
+def _changes(base: nn.Module, checkpoint: nn.Module, rank: int, left_out: list[str]) -> Iterator[tuple[str, Tensor]]:
     own, other = (dict(module.named_parameters()) for module in (base, checkpoint))
     shapes, others = ({name: tensor.shape for name, tensor in each.items()} for each in (own, other))
     if shapes != others:
@@ -144,6 +160,7 @@ def _changes(base: nn.Module, checkpoint: nn.Module, rank: int) -> Iterator[tupl
     # text encoder has learned.
     if changed and not isinstance(base, UNet2DConditionModel):
         raise ModelUnavailable(f"the checkpoint changed {min(changed)}, which no LoRA can", "It is drawn as it is.")
+    left_out += changed
 
 
 def _factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from api.engine.stock_adapters import StockAdapter, load_stock_adapter
 from api.engine.text2image import STABLE_DIFFUSION
 from api.engine.threads import in_own_thread
 from api.engine.warming import warm
-from api.errors import DeviceLost, ModelUnavailable, OutOfMemory, ShuttingDown
+from api.errors import DeviceLost, ModelUnavailable, OutOfMemory, SitterError
 from api.schemas import GenerateRequest
 
 AnyBase: TypeAlias = Base | StockBase
@@ -167,29 +167,31 @@ class Engine:
         began = time.perf_counter()
         try:
             warm(base, self._batch, self._settings.batch_rows, width // cell, height // cell)
-        except ShuttingDown:
+        except SitterError:
             raise
         except Exception as error:  # as where there is no compiler; whatever else it is will show without one, too
-            log.warning("not_compiled", reason=str(error).strip().splitlines()[0])
+            log.warning("not_compiled", reason=(str(error).strip() or type(error).__name__).splitlines()[0])
             base.run_plain()
         else:
             log.info("compiled", seconds=round(time.perf_counter() - began, 1))
 
-    def ridden_by(self, source: ModelSource, found: FoundBase) -> ModelSource:
-        """Returns what is drawn in a step with others in place of a checkpoint, by its delta; else the checkpoint.
+    def delta_over(self, source: ModelSource) -> ModelSource:
+        """Returns the base and the delta that are drawn in place of the checkpoint of `source`.
 
         Raises:
-            ModelUnavailable: the delta's file is not there, or is none.
+            ModelUnavailable: the delta is not there, did not pass its gate, or is of other models than these are now.
         """
         assert source.delta is not None
-        itself, delta = source.itself(), deltas.read_delta(locate(source.delta))
-        if delta.fingerprint != deltas.fingerprint(found):
-            log.warning("delta_of_another_checkpoint", model=itself.model_id, delta=source.delta)
-            return itself
+        delta = deltas.read_delta(locate(source.delta))
+        over = ModelSource(base=delta.base, lora=source.delta)
         if not delta.passed:
-            log.warning("delta_too_far_off", model=itself.model_id, delta=source.delta, psnr=delta.psnr)
-            return itself
-        return ModelSource(base=delta.base, lora=source.delta)
+            raise ModelUnavailable(f"{source.delta} is too far off {source.base}", "Make one of a higher rank.")
+        for model, known in ((source.itself(), delta.fingerprint), (over.without_lora(), delta.base_fingerprint)):
+            if deltas.fingerprint(self.find_base(model)) != known:
+                raise ModelUnavailable(
+                    f"{source.delta} was made for another {model.base}", "Make it anew: sitter delta."
+                )
+        return over
 
     def find_adapter(self, source: ModelSource) -> Path:
         """Returns the weight file of the LoRA of `source`. Raises ModelUnavailable."""

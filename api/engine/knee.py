@@ -46,11 +46,18 @@ class Knee:
         size = min((size for size in self._sizes if size >= rows), default=self._sizes[0])
         costs.by_size.setdefault(size, deque(maxlen=KEPT)).append(seconds / rows)
 
-    def rows(self, model: object, shape: Hashable) -> int:
-        """Returns how many rows a forward of that model and shape should have at most."""
+    def rows(self, model: object, shape: Hashable, least: int = 1) -> int:
+        """Returns how many rows a forward of that model and shape should have at most.
+
+        Args:
+            model: what is called.
+            shape: of its rows.
+            least: rows that the next forward has in any case; smaller ones cannot be tried now.
+        """
         costs = self._costs.get(model, {}).get(shape, _Costs()).by_size
-        for size in self._sizes:
+        sizes = [size for size in self._sizes if size >= least]
+        for size in sizes:
             if len(costs.get(size, ())) < TRIES:
                 return size  # not known yet, so that it is tried as soon as so many rows are there
-        cheapest = min(min(costs[size]) for size in self._sizes)
-        return min(size for size in self._sizes if min(costs[size]) <= NEARLY * cheapest)
+        cheapest = min((min(costs[size]) for size in sizes), default=0.0)
+        return min((size for size in sizes if min(costs[size]) <= NEARLY * cheapest), default=least)

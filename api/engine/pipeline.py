@@ -24,11 +24,12 @@ from torch import Tensor
 from api.engine import sampler, stock
 from api.engine.adapters import Adapter
 from api.engine.base import Base
-from api.engine.batch import Batch, Task
+from api.engine.batch import Batch
 from api.engine.preview import preview, shows
 from api.engine.sampler import Schedule
 from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter
+from api.engine.tasks import Task
 from api.engine.threads import in_own_thread
 from api.errors import BadPicture, Blocked, ModelUnavailable
 from api.schemas import GenerateRequest, Lane

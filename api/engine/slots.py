@@ -146,7 +146,11 @@ class Slots:
         rows = len(slots)
         added = 0 if self._compiled is None else next((size for size in BUCKETS if size >= rows), rows) - rows
         inputs = [_with_more(part, added) for part in (latents, timesteps, text)]
-        forward = self.module if self._compiled is None else self._compiled
+        forward: Callable[..., Any] = self.module
+        if self._compiled is not None:
+            # Here: it is a setting of this thread, and beyond it all would silently run as it is.
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            forward = self._compiled
         with self.rows([*slots, *[NO_ADAPTER] * added], always=self._compiled is not None):
             said: Tensor = forward(*inputs, return_dict=False)[0]
         return said[:rows].to(torch.float32, copy=True)  # a CUDA graph writes over what it has returned
@@ -217,6 +221,5 @@ def _with_more(part: Tensor, rows: int) -> Tensor:
 
 def _compile(module: nn.Module) -> Callable[..., Any]:
     """Returns a compiled forward of `module`; on CUDA its kernels are recorded as one graph and replayed."""
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # beyond it, all would silently run as it is
     on_cuda = next(module.parameters()).is_cuda
     return torch.compile(module, dynamic=False, mode="reduce-overhead" if on_cuda else None, backend=BACKEND)

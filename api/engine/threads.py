@@ -29,7 +29,10 @@ def in_own_thread(action: Callable[[], T]) -> T:
     thread = threading.Thread(target=context.run, args=(settle, done, action), name="load", daemon=True)
     thread.start()
     thread.join()
-    return done.result()
+    try:
+        return done.result()
+    finally:
+        del done  # an error's traceback has this frame, and would keep what it holds alive with it
 
 
 def settle(done: "Future[T]", action: Callable[[], T]) -> None:
@@ -38,3 +41,4 @@ def settle(done: "Future[T]", action: Callable[[], T]) -> None:
         done.set_result(action())
     except Exception as error:
         done.set_exception(error)
+        del done

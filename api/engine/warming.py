@@ -4,14 +4,17 @@ There its CUDA graphs are recorded, which belong to a thread. A LoRA over the at
 theirs, is among the steps: the first user's changes no module any more, and is copied into a slot.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
 from api.engine import sampler
 from api.engine.adapters import Adapter, LayerDelta
 from api.engine.base import Base
-from api.engine.batch import Batch, Task
+from api.engine.batch import Batch
 from api.engine.slots import BUCKETS
+from api.engine.tasks import Task
 from api.schemas import GenerateRequest
 
 RANK = 16  # of the tables that the first users meet; others are compiled for when they come
@@ -19,7 +22,7 @@ ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 
 def warm(base: Base, batch: Batch, most_rows: int, width: int, height: int) -> None:
-    """Runs a step of every size in `BUCKETS` up to `most_rows`. Blocks, for minutes.
+    """Runs a step of every size in `BUCKETS` that one of up to `most_rows` is filled up to. Blocks, for minutes.
 
     Args:
         base: whose UNet is compiled.
@@ -34,9 +37,12 @@ def warm(base: Base, batch: Batch, most_rows: int, width: int, height: int) -> N
     nothing = _nothing(base.pipeline.unet)
     with torch.inference_mode():
         text = base.texts.encode("", None, batch.run).to(base.unet.dtype)
-        for rows in (size for size in BUCKETS if size <= most_rows):
-            batch.draw(_task(base, nothing, text, rows, width, height))
-    base.drop(nothing)
+        try:
+            for smaller, rows in pairwise((0, *BUCKETS)):
+                if smaller < most_rows:
+                    batch.draw(_task(base, nothing, text, rows, width, height))
+        finally:
+            base.drop(nothing)
 
 
 def _task(base: Base, adapter: Adapter, text: Tensor, rows: int, width: int, height: int) -> Task:

@@ -84,7 +84,10 @@ async def list_keys(caller: CallerDep, accounts: AccountsDep) -> KeyList:
     dependencies=MANAGE,
 )
 async def make_key(sent: NewKey, caller: CallerDep, accounts: AccountsDep, repeatable: RepeatableDep) -> MadeKey:
-    """Makes a key; its secret is in this answer alone. It allows no more than the credential that makes it."""
+    """Makes a key; its secret is in this answer alone, and for a day in the same answer to the same Idempotency-Key.
+
+    It allows no more than the credential that makes it.
+    """
     user_id = caller.themselves()
     if missing := sorted(set(sent.scopes) - caller.scopes):
         raise Forbidden(f"this credential does not allow `{missing[0]}` itself", "Leave that scope away.")
@@ -92,7 +95,7 @@ async def make_key(sent: NewKey, caller: CallerDep, accounts: AccountsDep, repea
     async def make(session: AsyncSession) -> MadeKey:
         return await keys.add_key(session, caller.name, user_id, sent.name, sent.scopes, sent.days)
 
-    return await once(accounts.database, accounts.vault, repeatable, MadeKey, make)
+    return await once(accounts.database, accounts.vault, repeatable, MadeKey, user_id, make)
 
 
 @router.delete(

@@ -1,5 +1,6 @@
 """The Idempotency-Key of a request: whoever heard no answer sends it again, and nothing is made twice."""
 
+import json
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
@@ -24,7 +25,11 @@ async def get_repeatable(
     """Returns the request as one that may come again; None without a key."""
     if idempotency_key is None:
         return None
-    return Repeatable(caller.name, idempotency_key, f"{request.url.path} ".encode() + await request.body())
+    asked = json.loads(await request.body())
+    if isinstance(asked, dict):
+        asked.pop("password", None)  # what is kept of a request is too quick a hash for one
+    canonical = json.dumps([request.url.path, asked], sort_keys=True)
+    return Repeatable(caller.name, idempotency_key, canonical.encode())
 
 
 RepeatableDep = Annotated[Repeatable | None, Depends(get_repeatable)]

@@ -269,6 +269,7 @@ class Answer(Table):
     id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
     caller: Mapped[str] = mapped_column(String(64))
     idempotency_key: Mapped[str] = mapped_column(String(255))
+    subject: Mapped[str] = mapped_column(String(64), index=True)  # the user whom it is about
     body_hash: Mapped[str] = mapped_column(String(64))
     answer: Mapped[str] = mapped_column(Text, default="")  # JSON, encrypted: the secret of a key may be in it
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)

@@ -47,19 +47,19 @@ async def users(database: Database) -> int:
 
 async def test_many_at_once_with_one_key_make_one(database: Database, vault: Vault) -> None:
     make = Maker()
-    answers = await asyncio.gather(*(once(database, vault, asked(), Made, make) for _ in range(TRIES)))
+    answers = await asyncio.gather(*(once(database, vault, asked(), Made, "ada", make) for _ in range(TRIES)))
     assert answers == [Made(number=1)] * TRIES
     assert await users(database) == 1
 
 
 async def test_another_request_is_refused_and_another_caller_is_not(database: Database, vault: Vault) -> None:
     make = Maker()
-    await once(database, vault, asked(), Made, make)
+    await once(database, vault, asked(), Made, "ada", make)
     with pytest.raises(KeyReused):
-        await once(database, vault, asked(b'{"name": "x"}'), Made, make)
-    assert (await once(database, vault, asked(caller="bo"), Made, make)).number == 2
-    assert (await once(database, vault, asked(key="other"), Made, make)).number == 3
-    assert [(await once(database, vault, None, Made, make)).number for _ in range(2)] == [4, 5]
+        await once(database, vault, asked(b'{"name": "x"}'), Made, "ada", make)
+    assert (await once(database, vault, asked(caller="bo"), Made, "ada", make)).number == 2
+    assert (await once(database, vault, asked(key="other"), Made, "ada", make)).number == 3
+    assert [(await once(database, vault, None, Made, "ada", make)).number for _ in range(2)] == [4, 5]
 
 
 async def test_what_failed_is_done_again(database: Database, vault: Vault) -> None:
@@ -69,16 +69,16 @@ async def test_what_failed_is_done_again(database: Database, vault: Vault) -> No
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError):
-        await once(database, vault, asked(), Made, fail)
+        await once(database, vault, asked(), Made, "ada", fail)
     assert await users(database) == 0
-    assert (await once(database, vault, asked(), Made, Maker())).number == 1
+    assert (await once(database, vault, asked(), Made, "ada", Maker())).number == 1
 
 
 async def test_an_answer_is_sealed_and_forgotten_after_a_day(database: Database, vault: Vault) -> None:
     make = Maker()
-    await once(database, vault, asked(), Made, make)
+    await once(database, vault, asked(), Made, "ada", make)
     async with database.transaction() as session:
         kept = (await session.scalars(select(Answer))).one()
         assert "hushhush" not in kept.answer
         await session.execute(update(Answer).values(created_at=kept.created_at - KEPT - timedelta(seconds=1)))
-    assert (await once(database, vault, asked(), Made, make)).number == 2
+    assert (await once(database, vault, asked(), Made, "ada", make)).number == 2

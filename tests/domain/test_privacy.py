@@ -156,8 +156,9 @@ async def test_whoever_is_erased_leaves_nothing(gallery: Gallery, models: ModelS
     late = "ada_20250107_143022_0badc0de_3.png"  # of a worker that had lost its job
     (gallery.folder / late).write_bytes(b"png")
     (gallery.folder / "ada.png").write_bytes(b"not ours")
-    answer = tables.Answer(caller="ada", idempotency_key="zebrafinch", body_hash="")
-    await gallery.write([answer])
+    for caller, subject in (("ada", "nobody"), ("root", "ada")):
+        answer = tables.Answer(caller=caller, idempotency_key="zebrafinch", subject=subject, body_hash="")
+        await gallery.write([answer])
     await erase(gallery, models)
     assert gallery.names() == {kept.image_url, "ada.png"}
     left = await everything(gallery.database)

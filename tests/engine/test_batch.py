@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from api.engine.batch import Batch, OnCall
+from api.engine.batch import Batch
 from api.engine.slots import NotForSlots
+from api.engine.tasks import OnCall
 from api.errors import BadPicture, Cancelled, OutOfMemory, ShuttingDown
 from tests import crowd
 from tests.crowd import NOBODY, Crowd, Wish

@@ -19,7 +19,7 @@ from tests.builders import finetuned, parameters_of
 from tests.engine.test_slots import inputs, solo, together
 
 RANK = 2
-SAID = Delta("models/base", "0" * 64, RANK, (41.5, 38.25))
+SAID = Delta("models/base", "1" * 64, "0" * 64, RANK, (41.5, 38.25))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def checkpoint() -> StableDiffusionPipeline:
 
 
 def adapter_of(file: Path, base: StableDiffusionPipeline, tuned: StableDiffusionPipeline, rank: int = RANK) -> Adapter:
-    write_delta(file, extract(base, tuned, rank), SAID)
+    write_delta(file, extract(base, tuned, rank).tensors, SAID)
     return load_adapter(file, base, 1.0)
 
 
@@ -73,12 +73,38 @@ def test_rows_of_a_delta_are_drawn_as_its_checkpoint_draws(
 FACTORS = builders.factors(builders.pipeline().unet, builders.UNET_LAYERS)
 
 
+def test_deltas_of_two_checkpoints_do_not_mix(
+    tmp_path: Path, base: StableDiffusionPipeline, checkpoint: StableDiffusionPipeline
+) -> None:
+    other = finetuned(builders.pipeline(), RANK, seed=8)
+    one, two = (
+        adapter_of(tmp_path / f"{number}.safetensors", base, tuned) for number, tuned in enumerate((checkpoint, other))
+    )
+    slots, rows = Slots(base.unet, "unet", 2), inputs(5)
+    first, second = slots.acquire(one), slots.acquire(two)
+    chosen = [second, first, NO_ADAPTER, second, first]
+    drawn = together(slots, chosen, rows)
+    alone = {first: solo(checkpoint, None, rows), second: solo(other, None, rows), NO_ADAPTER: solo(base, None, rows)}
+    for row, slot in enumerate(chosen):
+        torch.testing.assert_close(drawn[row], alone[slot][row], rtol=5e-3, atol=5e-3)
+        assert all((drawn[row] - alone[wrong][row]).abs().max() > 0.05 for wrong in alone.keys() - {slot})
+    slots.release(first)
+    slots.drop(one)
+    lora = load_adapter(builders.diffusers_lora(tmp_path / "lora.safetensors", FACTORS, {}), base, 1.0)
+    third = slots.acquire(lora)
+    assert third == first
+    drawn = together(slots, [third, second, third, second, third], rows)
+    alone = {third: solo(base, lora, rows), second: alone[second]}
+    for row, slot in enumerate([third, second, third, second, third]):
+        torch.testing.assert_close(drawn[row], alone[slot][row], rtol=5e-3, atol=5e-3)
+
+
 def test_a_lower_rank_is_further_off(base: StableDiffusionPipeline, checkpoint: StableDiffusionPipeline) -> None:
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     change = parameters_of(checkpoint.unet)[f"{name}.weight"] - parameters_of(base.unet)[f"{name}.weight"]
 
     def error(rank: int) -> float:
-        made = extract(base, checkpoint, rank)
+        made = extract(base, checkpoint, rank).tensors
         down, up = (made[f"unet.{name}.lora_{factor}.weight"].float() for factor in "AB")
         return float((up @ down - change).norm() / change.norm())
 
@@ -112,8 +138,8 @@ def test_a_file_says_what_the_gate_measured(tmp_path: Path) -> None:
     write_delta(file, {"unet.x": torch.ones(1)}, SAID)
     assert read_delta(file) == SAID
     assert read_delta(file).passed
-    assert not Delta("base", "", RANK, (41.5, deltas.LEAST_PSNR - 0.1)).passed
-    assert not Delta("base", "", RANK, ()).passed
+    assert not Delta("base", "", "", RANK, (41.5, deltas.LEAST_PSNR - 0.1)).passed
+    assert not Delta("base", "", "", RANK, ()).passed
     lora = builders.diffusers_lora(tmp_path / "lora.safetensors", FACTORS, {})
     with pytest.raises(ModelUnavailable, match="not a delta"):
         read_delta(lora)

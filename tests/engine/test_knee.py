@@ -11,13 +11,15 @@ class Model:
     """Something that can go away."""
 
 
-def learned(seconds_a_row: Callable[[int], float], demand: int = 100, forwards: int = 60) -> tuple[Knee, Model, int]:
-    """What a knee says after forwards of as many rows as it allows and as there are."""
+def learned(
+    seconds_a_row: Callable[[int], float], demand: int = 100, forwards: int = 60, task: int = 1
+) -> tuple[Knee, Model, int]:
+    """What a knee says after forwards of as many rows as it allows and as there are, in tasks of `task` rows."""
     knee, model = Knee(16), Model()
     for _ in range(forwards):
-        rows = min(demand, knee.rows(model, SHAPE))
+        rows = max(task, min(demand, knee.rows(model, SHAPE, task)) // task * task)
         knee.note(model, SHAPE, rows, rows * seconds_a_row(rows))
-    return knee, model, knee.rows(model, SHAPE)
+    return knee, model, knee.rows(model, SHAPE, task)
 
 
 COSTS: dict[str, tuple[Callable[[int], float], int]] = {
@@ -40,6 +42,12 @@ def test_sizes_that_never_come_are_not_ruled_out() -> None:
     for _ in range(TRIES):
         knee.note(model, SHAPE, 16, 16 * 0.5)
     assert knee.rows(model, SHAPE) == 8
+
+
+@pytest.mark.parametrize("task", [2, 4, 6, 8, 32])
+def test_tasks_of_many_rows_find_it_as_well(task: int) -> None:
+    assert learned(lambda rows: 1 / rows, task=task)[2] == max(16, task)
+    assert learned(lambda rows: 1.0, task=task)[2] == {6: 8}.get(task, task)
 
 
 def test_one_slow_forward_rules_nothing_out() -> None:

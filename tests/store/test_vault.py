@@ -137,7 +137,9 @@ async def _rotation(url: str) -> None:
             await session.flush()
             session.add_all(rows.image(request) for request in requests)
         async with database.transaction() as session:
-            session.add(Answer(caller="ada", idempotency_key="mine", body_hash="", answer=old.seal("made")))
+            session.add(
+                Answer(caller="ada", idempotency_key="mine", subject="ada", body_hash="", answer=old.seal("made"))
+            )
         assert await rotate(database, both) == 451
         new = Vault([NEW])
         async with database.reading() as session:

@@ -14,6 +14,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(length=28), nullable=False),
         sa.Column("caller", sa.String(length=64), nullable=False),
         sa.Column("idempotency_key", sa.String(length=255), nullable=False),
+        sa.Column("subject", sa.String(length=64), nullable=False),
         sa.Column("body_hash", sa.String(length=64), nullable=False),
         sa.Column("answer", sa.Text(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
@@ -21,3 +22,4 @@ def upgrade() -> None:
         sa.UniqueConstraint("caller", "idempotency_key"),
     )
     op.create_index("ix_answers_created_at", "answers", ["created_at"], unique=False)
+    op.create_index("ix_answers_subject", "answers", ["subject"], unique=False)
