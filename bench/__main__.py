@@ -1,13 +1,10 @@
 """`python -m bench [name …]`: prints one line a figure, and writes docs/benchmarks.md when it ran them all."""
 
-import logging
 import sys
-
-import structlog
 
 from api.config import ROOT
 from bench import attention, drawing, engine, jobs, loading, model, sd15, start
-from bench.figures import Figure, page
+from bench.figures import Figure, page, quiet
 
 BENCHES = {
     "start": ("Starting", start.figures),
@@ -23,7 +20,7 @@ BENCHES = {
 
 def main(names: list[str]) -> None:
     """Runs the benches of these names, or all."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    quiet()
     sections: dict[str, list[Figure]] = {}
     for name in names or BENCHES:
         title, figures = BENCHES[name]
@@ -31,8 +28,8 @@ def main(names: list[str]) -> None:
         for figure in figures():
             print(figure, flush=True)
             sections[title].append(figure)
-    if not names:
-        page(sections, ROOT / "docs" / "benchmarks.md")
+        if not names:  # each time: whoever ends it early keeps what there is
+            page(sections, ROOT / "docs" / "benchmarks.md")
 
 
 if __name__ == "__main__":

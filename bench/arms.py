@@ -19,7 +19,7 @@ from api.engine.sources import count_values
 from api.model_service import PNG_LEVEL, ModelService
 from api.schemas import GenerateRequest
 from bench import ways
-from bench.ways import DEVICE, Given, Way
+from bench.ways import DEVICE, Given, Way, load_base
 
 JOBS = 8  # in hand at once, and so the most that can share a batch
 
@@ -41,19 +41,25 @@ class Arm(Protocol):
     def hold(self, users: Sequence[str]) -> None:
         """Loads the users' models as their requests would, the last user's last."""
 
+    def cpu_seconds(self) -> float:
+        """Returns what it has used so far, of every core."""
+
     def close(self) -> None:
         """Ends the threads."""
 
 
 class OneThread:
-    """Draws what waits on one thread: the first request, and with it whichever others its way allows."""
+    """Draws what waits on one thread: the first request, and with it whichever others its way allows.
 
-    def __init__(self, way: Way) -> None:
-        self._way = way
+    The base is loaded there, too: another thread that computed would slow this one down (`api/engine/threads.py`).
+    """
+
+    def __init__(self, make: Callable[[Given, Any], Way], given: Given) -> None:
         self._waiting: list[tuple[GenerateRequest, Future[Served]]] = []
         self._lock = threading.Lock()
         self._drawing = ThreadPoolExecutor(1)
         self._encoding = ThreadPoolExecutor(JOBS)
+        self._way = self._drawing.submit(lambda: make(given, load_base(given.folder, given.dtype))).result()
 
     def submit(self, *requests: GenerateRequest) -> "list[Future[Served]]":
         pictures = [Future[Served]() for _ in requests]
@@ -65,6 +71,9 @@ class OneThread:
 
     def hold(self, users: Sequence[str]) -> None:
         self._drawing.submit(self._way.hold, users).result()
+
+    def cpu_seconds(self) -> float:
+        return time.process_time()
 
     def close(self) -> None:
         self._drawing.shutdown()
@@ -112,6 +121,9 @@ class Sitter:
             with self.service.lease(self.settings.source_for(user_id)):
                 pass
 
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
     def close(self) -> None:
         self._callers.shutdown()
         self.service.close()
@@ -125,7 +137,7 @@ def _settings(given: Given) -> dict[str, Any]:
     base = {"base": str(given.folder)}
     return {
         "user_models": {"default": base} | {user: {**base, "lora": str(file)} for user, file in given.loras.items()},
-        "dtype": str(given.base.unet.dtype).removeprefix("torch."),
+        "dtype": str(given.dtype).removeprefix("torch."),
         "compile": given.compiled,
         "use_gpu": DEVICE != "cpu",
         "host_cache_gb": (given.budget + torch.float32.itemsize * count_values(given.folder)) / 1e9,
@@ -140,11 +152,11 @@ def _served(image: Image.Image) -> Served:
 
 
 ARMS: Mapping[str, Callable[[Given], Arm]] = {
-    "A own pipelines": lambda given: OneThread(ways.OwnPipelines(given)),
-    "B load and unload": lambda given: OneThread(ways.LoadEach(given)),
-    "C hotswap": lambda given: OneThread(ways.HotSwap(given)),
-    "D peft mixed batch": lambda given: OneThread(ways.MixedBatch(given)),
-    "F same-user batch": lambda given: OneThread(ways.SameUser(given)),
+    "A own pipelines": lambda given: OneThread(ways.OwnPipelines, given),
+    "B load and unload": lambda given: OneThread(ways.LoadEach, given),
+    "C hotswap": lambda given: OneThread(ways.HotSwap, given),
+    "D peft mixed batch": lambda given: OneThread(ways.MixedBatch, given),
+    "F same-user batch": lambda given: OneThread(ways.SameUser, given),
     "G Sitter": Sitter,
     "G without batches": lambda given: Sitter(given, batch_rows=2),
 }

@@ -1,7 +1,8 @@
 """Serving many users' LoRAs over one base: the service against what diffusers and peft offer, interleaved in one run.
 
-The arms are in `bench.arms`, the requests in `bench.workload`. All have the same weights, sampler, guidance, precision,
-threads and bytes for users' models; and every picture of a burst, timed or not, is compared with arm A's.
+The arms are in `bench.arms`, each in a process of its own, the requests in `bench.workload`. All have the same
+weights, sampler, guidance, precision, threads and bytes for users' models; and every picture of a burst, timed or
+not, is compared with arm A's.
 """
 
 import io
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import numpy
 from PIL import Image
 
 from api.config import ROOT
+from api.engine.threads import in_own_thread
 from api.schemas import GenerateRequest
 from bench import switching
+from bench.apart import Apart
 from bench.arms import ARMS, OURS, REFERENCE, RIVALS, Arm
 from bench.figures import Figure, at_least, at_most
 from bench.loras import write_loras
@@ -60,22 +64,23 @@ def figures(size: Size | None = None) -> Iterator[Figure]:
     bursts = [list(islice(requests, size.burst)) for _ in range(size.rounds)]
     rising = [[list(islice(requests, size.open_loop)) for _ in range(size.rounds)] for _ in RATES]
     soon, later = _users(bursts), _users(bursts + [round_ for rounds in rising for round_ in rounds])
-    base = load_base(DEMO)
+    # On threads that end: one of this process that stays would slow the service down, see `api/engine/threads.py`.
+    unet = in_own_thread(partial(load_base, DEMO)).unet
     # In bytes of arm A's models, by far the largest: where it holds everybody so do all, and where it holds a quarter
     # the others hold everybody still. That is their merit, and it is not taken from them here.
-    everybody = len(USERS) * bytes_of(base.unet)
+    everybody = len(USERS) * bytes_of(unet)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        loras = write_loras(Path(folder) / "alike", base.unet, USERS, (16,), SEED)
-        mixed = write_loras(Path(folder) / "mixed", base.unet, USERS, (4, 8, 16, 32, 64), SEED)
-        roomy = Given(base, DEMO, loras, everybody, highest_rank=16)
+        loras = in_own_thread(partial(write_loras, Path(folder) / "alike", unet, USERS, (16,), SEED))
+        mixed = in_own_thread(partial(write_loras, Path(folder) / "mixed", unet, USERS, (4, 8, 16, 32, 64), SEED))
+        roomy = Given(DEMO, loras, everybody, highest_rank=16)
         yield from switching.figures(roomy)
         with _arms(roomy, soon, soon) as arms:
             runs = _in_bursts(arms, bursts)
             yield from _speeds("every user in cache", runs)
             yield at_least("mixed_users_speedup_in_cache", _speedup(runs), "ratio", 1.5)
-        with _arms(Given(base, DEMO, mixed, everybody, highest_rank=64), soon, soon) as arms:
+        with _arms(Given(DEMO, mixed, everybody, highest_rank=64), soon, soon) as arms:
             yield from _speeds("the same, ranks 4 to 64", _in_bursts(arms, bursts[: (size.rounds + 1) // 2]))
-        with _arms(Given(base, DEMO, loras, everybody // 4, highest_rank=16), late, later) as arms:
+        with _arms(Given(DEMO, loras, everybody // 4, highest_rank=16), late, later) as arms:
             runs = _in_bursts(arms, bursts)
             yield from _speeds("room for a quarter of A's models", runs)
             yield at_least("mixed_users_speedup_past_cache", _speedup(runs), "ratio", 2)
@@ -96,8 +101,7 @@ def _arms(given: Given, held_by_a: Sequence[str], held: Sequence[str]) -> Iterat
         held: users whose LoRAs the other arms have; there is room for all, and those who do not come do not matter.
     """
     with ExitStack() as closing:
-        arms = {name: make(given) for name, make in ARMS.items()}
-        closing.callback(arms.clear)  # the next arms need the memory
+        arms: dict[str, Arm] = {name: Apart(name, given) for name in ARMS}
         for name, arm in arms.items():
             closing.callback(arm.close)
             arm.hold(held_by_a if name == REFERENCE else held)

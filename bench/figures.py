@@ -1,5 +1,6 @@
 """A measured figure, how two ways are timed against each other, and the page that keeps the results."""
 
+import logging
 import platform
 import statistics
 import time
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+import structlog
 
 LIBRARIES = ("torch", "diffusers", "transformers", "fastapi")
 
@@ -24,6 +27,11 @@ class Figure:
 
     def __str__(self) -> str:
         return f"{self.name} {self.value:.4g} {self.unit}"
+
+
+def quiet() -> None:
+    """Has the log of this process say warnings alone."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 def at_most(name: str, value: float, unit: str, limit: float) -> Figure:

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import structlog
 import torch
 
 from api.config import ROOT, ModelSource
 from api.schemas import GenerateRequest
 from bench import switching, ways
 from bench.arms import Arm, OneThread, Sitter
-from bench.figures import Figure, at_least, at_most, page
+from bench.figures import Figure, at_least, at_most, page, quiet
 from bench.loras import write_loras
 from bench.random_model import write_model
 from bench.ways import DEVICE, Given, load_base
@@ -44,13 +43,14 @@ def figures(small: bool = False) -> Iterator[Figure]:
     with ExitStack() as closing:
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         model, other = (write_model(folder / f"model{seed}", seed, shrink) for seed in range(2))
-        base = load_base(model, torch.float16 if DEVICE == "cuda" else torch.float32)
-        loras = write_loras(folder / "loras", base.unet, (*USERS, *SWITCHED), (RANK,), seed=1)
-        given = Given(base, model, loras, budget=60_000_000_000, highest_rank=RANK, compiled=not small)
+        dtype = torch.float16 if DEVICE == "cuda" else torch.float32
+        unet = load_base(model, dtype).unet
+        loras = write_loras(folder / "loras", unet, (*USERS, *SWITCHED), (RANK,), seed=1)
+        given = Given(model, loras, 60_000_000_000, highest_rank=RANK, dtype=dtype, compiled=not small)
         arms: dict[str, Arm] = {
             OURS: Sitter(given, batch_rows=ROWS, user_models=_with_whole_models(given, model, other)),
-            HOTSWAP: OneThread(ways.HotSwap(given)),
-            RELOAD: OneThread(ways.LoadEach(given)),
+            HOTSWAP: OneThread(ways.HotSwap, given),
+            RELOAD: OneThread(ways.LoadEach, given),
         }
         for arm in arms.values():
             closing.callback(arm.close)
@@ -113,7 +113,7 @@ def _checkpoint_switch(arm: Sitter) -> float:
 
 def main(small: bool) -> None:
     """Prints the figures, and keeps those of a GPU."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
+    quiet()
     made = []
     for figure in figures(small):
         print(figure, flush=True)

@@ -30,16 +30,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Given:
-    """What every arm is given: the base, and where it lies, user → LoRA, and the bytes that users' models may take.
+    """What every arm is given: where the base lies, user → LoRA, and the bytes that users' models may take.
 
     `compiled` grants torch.compile to those that can have it: C, and the service.
     """
 
-    base: Any
     folder: Path
     loras: Mapping[str, Path]
     budget: int
     highest_rank: int
+    dtype: torch.dtype = torch.float32
     compiled: bool = False
 
 
@@ -86,8 +86,9 @@ class Held(Generic[T]):
 class OwnPipelines:
     """A: a pipeline for each user, the LoRA merged into a UNet of their own."""
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: Given, base: Any) -> None:
         self._given = given
+        self._base = base
         self._pipelines = Held(given.budget, self._load)
 
     def hold(self, users: Sequence[str]) -> None:
@@ -101,7 +102,7 @@ class OwnPipelines:
         return _draw(self._pipelines.get(requests[0].user_id), requests)
 
     def _load(self, user_id: str) -> tuple[Any, int]:
-        pipeline = _with_own_unet(self._given.base)
+        pipeline = _with_own_unet(self._base)
         pipeline.load_lora_weights(self._given.loras[user_id])
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()  # the merged weights stay
@@ -111,9 +112,9 @@ class OwnPipelines:
 class OneBase:
     """What B to F have in common: one pipeline, and the state dicts of its LoRAs."""
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: Given, base: Any) -> None:
         self._given = given
-        self._pipeline = _with_own_unet(given.base)
+        self._pipeline = _with_own_unet(base)
         self._states = Held(given.budget, self._read)
 
     def hold(self, users: Sequence[str]) -> None:
@@ -142,8 +143,8 @@ class LoadEach(OneBase):
 class HotSwap(OneBase):
     """C: the LoRA copied over the one before, in a UNet that may be compiled once it has the first."""
 
-    def __init__(self, given: Given) -> None:
-        super().__init__(given)
+    def __init__(self, given: Given, base: Any) -> None:
+        super().__init__(given, base)
         self._pipeline.enable_lora_hotswap(target_rank=given.highest_rank)
         self._loaded: str | None = None
 
@@ -173,8 +174,8 @@ class MixedBatch(OneBase):
     diffusers takes no `adapter_names` for a UNet, so a hook on each peft layer passes them on.
     """
 
-    def __init__(self, given: Given) -> None:
-        super().__init__(given)
+    def __init__(self, given: Given, base: Any) -> None:
+        super().__init__(given, base)
         self._adapters = Held(given.budget, self._add, self._remove)
         self._rows: list[str] = []
 
