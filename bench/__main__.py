@@ -1,6 +1,7 @@
 """`python -m bench [name …]`: prints one line a figure, and writes docs/benchmarks.md when it ran them all."""
 
 import sys
+from pathlib import Path
 
 from api.config import ROOT
 from bench import attention, drawing, engine, jobs, loading, model, sd15, start
@@ -17,6 +18,8 @@ BENCHES = {
     "attention": ("Attention on a CPU", attention.figures),
 }
 
+REMARKS = Path(__file__).with_name("remarks.md")  # renew them with the figures
+
 
 def main(names: list[str]) -> None:
     """Runs the benches of these names, or all."""
@@ -29,7 +32,7 @@ def main(names: list[str]) -> None:
             print(figure, flush=True)
             sections[title].append(figure)
         if not names:  # each time: whoever ends it early keeps what there is
-            page(sections, ROOT / "docs" / "benchmarks.md")
+            page(sections, ROOT / "docs" / "benchmarks.md", remarks=REMARKS.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} cores, {platform.system()}"
 
 
-def page(sections: dict[str, list[Figure]], path: Path, command: str = "make bench") -> None:
-    """Writes the results of `command` to `path` as Markdown, with machine, versions and date."""
+def page(sections: dict[str, list[Figure]], path: Path, command: str = "make bench", remarks: str = "") -> None:
+    """Writes the results of `command` to `path` as Markdown, with machine, versions and date, and remarks below."""
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     lines = [
         "# Benchmarks",
@@ -93,4 +93,4 @@ def page(sections: dict[str, list[Figure]], path: Path, command: str = "make ben
             met = {None: "", True: "yes", False: "**no**"}[figure.met]
             lines.append(f"| {figure.name} | {figure.value:.4g} | {figure.unit} | {figure.bar} | {met} |")
     path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n" + (f"\n{remarks}" if remarks else ""))

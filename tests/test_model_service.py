@@ -82,8 +82,8 @@ def until(what: Callable[[], bool]) -> None:
 
 
 def tasks(service: ModelService) -> int:
-    """How many drawings the step loop has in hand."""
-    return len(service.engine._batch._tasks)
+    """How many drawings the step loop has in hand, and is to make next."""
+    return len(service.engine._batch._tasks) + len(service.engine._batch._work)
 
 
 def cached(service: ModelService) -> set[str]:
@@ -420,13 +420,12 @@ def test_closing_ends_the_drawing_and_refuses_what_waits(open_service: Open, mon
     monkeypatch.setattr("api.model_service.BASES_IN_USE", 1)
     monkeypatch.setattr("api.engine.turns.PASSING_SECONDS", 0.0)
     service = open_service()
-    for user in ("ada", "bo"):
-        draw(service, user)  # who waits below has texts read already: a held step loop reads none
+    draw(service, "ada")
     held = Held()
     with ThreadPoolExecutor(5) as pool:
         drawing = pool.submit(service.generate, builders.request(user_id="ada", num_inference_steps=150), held)
         assert held.drawing.wait(WAIT)
-        waiting: list[Future[Any]] = [pool.submit(draw, service, "bo")]  # in the step loop
+        waiting: list[Future[Any]] = [pool.submit(draw, service, "bo")]  # for the step loop, which is held
         until(lambda: tasks(service) == 2)
         waiting.append(pool.submit(draw, service, "chi"))  # for the other base
         until(lambda: len(service._turns._waiting) == 1)

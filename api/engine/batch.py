@@ -74,6 +74,20 @@ class Batch:
             ShuttingDown: the server stops.
             Exception: what `on_call` or the UNet raised.
         """
+        return self.join(lambda: task).ended.result()
+
+    def join(self, make: Callable[[], Task]) -> Task:
+        """Returns the task that `make` has made, in the step that follows: its `ended` is for its caller to wait for.
+
+        It is made where `run` would have it made.
+
+        Raises:
+            ShuttingDown: the server stops.
+            Exception: what `make` raises.
+        """
+        return self.run(lambda: self._add(make()))
+
+    def _add(self, task: Task) -> Task:
         with self._changed:
             if self._stopping:
                 raise ShuttingDown("the server is stopping")
@@ -83,7 +97,7 @@ class Batch:
                 self._served[task.user_id] = max(self._served[task.user_id], least) if present else 0.0
             self._tasks.append(task)
             self._changed.notify()
-        return task.ended.result()
+        return task
 
     def run(self, action: Callable[[], T]) -> T:
         """Returns what `action` does, between two steps where the loop takes work. Blocks; not for the loop's thread.
@@ -127,10 +141,11 @@ class Batch:
 
     def _turn_once(self) -> None:
         with self._changed:
-            waiting = list(self._tasks)
             work = self._work.popleft() if self._work else None
         if work is not None:  # one thing, then a step: neither holds the other up for long
             settle(*work)
+        with self._changed:
+            waiting = list(self._tasks)
         try:
             tasks = self._last = self._schedule(list(waiting))
             if tasks:

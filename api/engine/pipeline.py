@@ -27,6 +27,7 @@ from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.preview import preview, shows
 from api.engine.sampler import Schedule
+from api.engine.slots import Slots
 from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter
 from api.engine.tasks import Task
@@ -200,6 +201,24 @@ def _in_batch(
     stepped: Callable[[int, int, Tensor], None],
     check: Callable[[], None],
 ) -> _Denoised:
+    shared = base.shared_unet(adapter)
+    rides = adapter is not None and not request.reproducible and shared.fits(adapter)
+    model = shared if rides or (adapter is None and not request.reproducible) else base.own_unet()
+    task = batch.join(partial(_task, base, adapter, request, seed, schedule, model, stepped, check))
+    return _Denoised(task.ended.result(), _lane(adapter, rides), task.seconds)
+
+
+@torch.inference_mode()
+def _task(
+    base: Base,
+    adapter: Adapter | None,
+    request: GenerateRequest,
+    seed: int,
+    schedule: Schedule,
+    model: Slots,
+    stepped: Callable[[int, int, Tensor], None],
+    check: Callable[[], None],
+) -> Task:
     pipeline = base.pipeline
     width, height = drawn_size(pipeline, request.width, request.height)
     cell = pipeline.vae_scale_factor
@@ -207,13 +226,11 @@ def _in_batch(
     guided = request.guidance_scale > 1
     texts = [request.negative_prompt or "", request.prompt] if guided else [request.prompt]
     encode = base.texts.encode_alone if request.reproducible else base.texts.encode
-    text = torch.cat([encode(text, adapter, batch.run).expand(request.num_images, -1, -1) for text in texts])
+    text = torch.cat([encode(text, adapter).expand(request.num_images, -1, -1) for text in texts])
     generators = _generators(request, seed)
     noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-    shared = base.shared_unet(adapter)
-    rides = adapter is not None and not request.reproducible and shared.fits(adapter)
-    task = Task(
-        model=shared if rides or (adapter is None and not request.reproducible) else base.own_unet(),
+    return Task(
+        model=model,
         adapter=adapter,
         user_id=request.user_id,
         schedule=schedule,
@@ -226,7 +243,6 @@ def _in_batch(
         on_call=lambda done, latents: stepped(done, schedule.calls, latents),
         check=check,
     )
-    return _Denoised(batch.draw(task), _lane(adapter, rides), task.seconds)
 
 
 def _lane(adapter: Adapter | None, rides: bool) -> Lane:

@@ -4,7 +4,6 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from api.engine.adapters import Adapter
 from api.engine.slots import Slots
-from api.engine.threads import Run, here
 
 COMPONENT = "text_encoder"
 KEPT_BYTES = 64 * 1024 * 1024
@@ -35,17 +33,14 @@ class Texts:
         self._keeping = threading.Lock()
         self._known: OrderedDict[tuple[object, bytes], Tensor] = OrderedDict()  # least recently asked for first
 
-    def encode(self, text: str, adapter: Adapter | None, run: "Run[Tensor]" = here) -> Tensor:
-        """Returns the embedding (1, tokens, width) of `text`, cut at what the encoder reads; `run` has it computed."""
+    def encode(self, text: str, adapter: Adapter | None) -> Tensor:
+        """Returns the embedding (1, tokens, width) of `text`, cut at what the encoder reads."""
         if adapter is not None and not adapter.of(COMPONENT):
             adapter = None
         # A digest: no prompt stays in memory for having been read.
         key = (adapter and adapter.key, hashlib.sha256(text.encode()).digest())
         if (known := self._recall(key)) is not None:
             return known
-        return run(partial(self._learn, key, text, adapter))
-
-    def _learn(self, key: tuple[object, bytes], text: str, adapter: Adapter | None) -> Tensor:
         with _reading:
             if (known := self._recall(key)) is not None:
                 return known
@@ -56,11 +51,8 @@ class Texts:
                 self._known.popitem(last=False)
         return embedding
 
-    def encode_alone(self, text: str, adapter: Adapter | None, run: "Run[Tensor]" = here) -> Tensor:
+    def encode_alone(self, text: str, adapter: Adapter | None) -> Tensor:
         """Returns the same, computed as if nobody else had an adapter here: the same to the last bit each time."""
-        return run(partial(self._read_alone, text, adapter))
-
-    def _read_alone(self, text: str, adapter: Adapter | None) -> Tensor:
         with _reading:
             return self._read(self._new_slots(), text, adapter)
 

@@ -13,14 +13,6 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-Run = Callable[[Callable[[], T]], T]
-"""Has something done somewhere, and returns what it returns or raises what it raises."""
-
-
-def here(action: Callable[[], T]) -> T:
-    """Returns what `action` does on this thread."""
-    return action()
-
 
 def in_own_thread(action: Callable[[], T]) -> T:
     """Returns what `action` does on a thread that ends with it. Blocks."""

@@ -4,6 +4,7 @@ There its CUDA graphs are recorded, which belong to a thread. A LoRA over the at
 theirs, is among the steps: the first user's changes no module any more, and is copied into a slot.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -35,17 +36,16 @@ def warm(base: Base, batch: Batch, most_rows: int, width: int, height: int) -> N
         Exception: what the compiler raises.
     """
     nothing = _nothing(base.pipeline.unet)
-    with torch.inference_mode():
-        text = base.texts.encode("", None, batch.run).to(base.unet.dtype)
-        try:
-            for smaller, rows in pairwise((0, *BUCKETS)):
-                if smaller < most_rows:
-                    batch.draw(_task(base, nothing, text, rows, width, height))
-        finally:
-            base.drop(nothing)
+    try:
+        for smaller, rows in pairwise((0, *BUCKETS)):
+            if smaller < most_rows:
+                batch.join(partial(_task, base, nothing, rows, width, height)).ended.result()
+    finally:
+        base.drop(nothing)
 
 
-def _task(base: Base, adapter: Adapter, text: Tensor, rows: int, width: int, height: int) -> Task:
+@torch.inference_mode()
+def _task(base: Base, adapter: Adapter, rows: int, width: int, height: int) -> Task:
     unet = base.pipeline.unet
     schedule = sampler.schedule("ddim", dict(base.pipeline.scheduler.config), 1)
     noise = torch.zeros(rows, unet.config.in_channels, height, width)
@@ -55,7 +55,7 @@ def _task(base: Base, adapter: Adapter, text: Tensor, rows: int, width: int, hei
         user_id=GenerateRequest.model_fields["user_id"].default,
         schedule=schedule,
         state=sampler.start(noise, schedule).to(unet.device),
-        text=text.expand(rows, -1, -1),
+        text=base.texts.encode("", None).expand(rows, -1, -1).to(base.unet.dtype),
         guidance_scale=1.0,
         guidance_rescale=0.0,
         generators=[],
