@@ -12,6 +12,14 @@ TOKENIZER = ROOT / "models" / "demo" / "tokenizer"
 BLOCKS = (320, 640, 1280, 1280)  # channels of Stable Diffusion 1.5's UNet
 DECODER_BLOCKS = (128, 256, 512, 512)
 WORDS = 768  # width of its text encoder
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 def write_model(folder: Path, seed: int, shrink: int = 1) -> Path:
@@ -49,7 +57,7 @@ def write_model(folder: Path, seed: int, shrink: int = 1) -> Path:
         unet=UNet2DConditionModel(
             block_out_channels=tuple(size // shrink // 32 * 32 for size in BLOCKS), cross_attention_dim=width
         ),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
