@@ -133,10 +133,15 @@ class Sitter:
         return Served(png, time.perf_counter())
 
 
-def _settings(given: Given) -> dict[str, Any]:
+def user_models(given: Given) -> dict[str, dict[str, str]]:
+    """Returns USER_MODELS of the service: the base for `default`, and each user's LoRA over it."""
     base = {"base": str(given.folder)}
+    return {"default": base} | {user: {**base, "lora": str(file)} for user, file in given.loras.items()}
+
+
+def _settings(given: Given) -> dict[str, Any]:
     return {
-        "user_models": {"default": base} | {user: {**base, "lora": str(file)} for user, file in given.loras.items()},
+        "user_models": user_models(given),
         "dtype": str(given.dtype).removeprefix("torch."),
         "compile": given.compiled,
         "use_gpu": DEVICE != "cpu",

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from api.config import ROOT, ModelSource
+from api.config import ROOT
 from api.schemas import GenerateRequest
 from bench import switching, ways
-from bench.arms import Arm, OneThread, Sitter
+from bench.arms import Arm, OneThread, Sitter, user_models
 from bench.figures import Figure, at_least, at_most, page, quiet
 from bench.loras import write_loras
 from bench.random_model import write_model
@@ -48,7 +48,11 @@ def figures(small: bool = False) -> Iterator[Figure]:
         loras = write_loras(folder / "loras", unet, (*USERS, *SWITCHED), (RANK,), seed=1)
         given = Given(model, loras, 60_000_000_000, highest_rank=RANK, dtype=dtype, compiled=not small)
         arms: dict[str, Arm] = {
-            OURS: Sitter(given, batch_rows=ROWS, user_models=_with_whole_models(given, model, other)),
+            OURS: Sitter(
+                given,
+                batch_rows=ROWS,
+                user_models=user_models(given) | {each.name: {"base": str(each)} for each in (model, other)},
+            ),
             HOTSWAP: OneThread(ways.HotSwap, given),
             RELOAD: OneThread(ways.LoadEach, given),
         }
@@ -61,12 +65,6 @@ def figures(small: bool = False) -> Iterator[Figure]:
         ours.hold(SWITCHED)
         yield at_most("gpu_switch_ms", switching.from_memory(ours, SWITCHED) * 1000, "ms", 5)
         yield at_most("gpu_checkpoint_switch_ms", _checkpoint_switch(ours) * 1000, "ms", 2)
-
-
-def _with_whole_models(given: Given, *folders: Path) -> dict[str, ModelSource]:
-    adapted = {user: ModelSource(base=str(given.folder), lora=str(file)) for user, file in given.loras.items()}
-    whole = {folder.name: ModelSource(base=str(folder)) for folder in folders}
-    return {"default": ModelSource(base=str(given.folder)), **whole, **adapted}
 
 
 def _requests(steps: int, side: int, first_seed: int) -> list[GenerateRequest]:

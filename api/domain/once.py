@@ -61,7 +61,7 @@ async def once(
     async with database.transaction() as session:
         if request is None:
             return await make(session)
-        await session.execute(delete(Answer).where(Answer.created_at < now() - KEPT))
+        await _forget_old(session)
         mine = (Answer.caller == request.caller, Answer.idempotency_key == request.idempotency_key)
         # First of all: whoever comes with the same key meanwhile waits here for the end of this transaction.
         same = {"caller": request.caller, "idempotency_key": request.idempotency_key}
@@ -82,5 +82,9 @@ async def keep_forgetting(database: Database) -> None:
     """Deletes answers older than a day, now and every ten minutes, until it is cancelled."""
     while True:
         async with database.transaction() as session:
-            await session.execute(delete(Answer).where(Answer.created_at < now() - KEPT))
+            await _forget_old(session)
         await asyncio.sleep(FORGET_SECONDS)
+
+
+async def _forget_old(session: AsyncSession) -> None:
+    await session.execute(delete(Answer).where(Answer.created_at < now() - KEPT))

@@ -122,12 +122,12 @@ def extract(base: StableDiffusionPipeline, checkpoint: StableDiffusionPipeline, 
         raise ModelUnavailable(
             "the two models have different decoders", "A delta changes the UNet and the text encoder."
         )
+    if (base.safety_checker is None) != (checkpoint.safety_checker is None):
+        raise ModelUnavailable("one of the two models has a safety checker", "Take a base that is checked alike.")
     made, left_out = dict[str, Tensor](), list[str]()
     for component in COMPONENTS:
         for name, tensor in _changes(getattr(base, component), getattr(checkpoint, component), rank, left_out):
             made[f"{component}.{name}"] = tensor.contiguous().cpu()
-    if (base.safety_checker is None) != (checkpoint.safety_checker is None):
-        raise ModelUnavailable("one of the two models has a safety checker", "Take a base that is checked alike.")
     if not made:
         raise ModelUnavailable("the two models are the same")
     return Extracted(made, left_out)

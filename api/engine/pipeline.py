@@ -1,10 +1,9 @@
 """Drawing: one request, from a leased model to finished pixels, in the lane that suits it.
 
 The batch draws what it can: base, adapter and sampler of every request in one forward with those of others; so it does
-with what stands for a whole checkpoint (delta). A LoRA that
-does not fit its slots, and a request that shall not depend on its neighbours, have a copy of the UNet's tree to
-themselves there (exact). What the step loop cannot do at all is left to diffusers' own call (stock), and so is every
-base that is no Stable Diffusion.
+with what stands for a whole checkpoint (delta). A LoRA that does not fit its slots, and a request that shall not depend
+on its neighbours, have a copy of the UNet's tree to themselves there (exact). What the step loop cannot do at all is
+left to diffusers' own call (stock), and so is every base that is no Stable Diffusion.
 """
 
 import copy

@@ -160,8 +160,6 @@ def _change_conv(y: Tensor, x: Tensor, table: Table, index: Tensor, conv: nn.Con
     rows, flat = len(index), y.flatten(2)
     if table.has_bias:
         flat = flat + table.bias_of_rows(index)[:, :, None]
-    if not down.shape[1]:
-        return flat.reshape(y.shape)
     if conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0):
         hidden = torch.bmm(down.flatten(2), x.flatten(2))  # half the time of a convolution
     else:

@@ -10,13 +10,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from api.config import DEFAULT_USER
 from api.engine import sampler
 from api.engine.adapters import Adapter, LayerDelta
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.slots import BUCKETS
 from api.engine.tasks import Task
-from api.schemas import GenerateRequest
 
 RANK = 16  # of the tables that the first users meet; others are compiled for when they come
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -52,7 +52,7 @@ def _task(base: Base, adapter: Adapter, rows: int, width: int, height: int) -> T
     return Task(
         model=base.unet,
         adapter=adapter,
-        user_id=GenerateRequest.model_fields["user_id"].default,
+        user_id=DEFAULT_USER,
         schedule=schedule,
         state=sampler.start(noise, schedule).to(unet.device),
         text=base.texts.encode("", None).expand(rows, -1, -1).to(base.unet.dtype),
