@@ -8,7 +8,7 @@ import time
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import httpx2
 import typer
@@ -23,7 +23,7 @@ from api.config import DEFAULT_USER, Settings, load_settings
 from api.domain.accounts import check_host
 from api.errors import SitterError, StorageUnavailable
 from api.model_service import ModelService
-from api.schemas import CacheResponse, GenerateRequest, Scheduler
+from api.schemas import CacheResponse, GenerateRequest, resolved
 from api.store.files import PictureFolder
 from api.wiring import migrate_database, open_models, open_service, working
 
@@ -63,38 +63,41 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw; `sks person` is the user.")],
     user: Annotated[str, typer.Option(help="Whose model draws.")] = DEFAULT_USER,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the PNG goes.")] = Path("picture.png"),
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="How strictly to follow the prompt.")] = 7.5,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps [30].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strictly to follow the prompt [7.5].")] = None,
     width: Annotated[int, typer.Option(help="Pixels.")] = 512,
     height: Annotated[int, typer.Option(help="Pixels.")] = 512,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler_a, dpmpp_2m or unipc.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler_a, dpmpp_2m, unipc or lcm.")] = None,
+    preset: Annotated[str | None, typer.Option(help="fast: in few steps, where the model can.")] = None,
 ) -> None:
     """Draw a picture without a server."""
     with errors_for_people():
-        request = GenerateRequest(
-            prompt=prompt,
-            user_id=user,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            width=width,
-            height=height,
-            seed=seed,
-            negative_prompt=negative_prompt,
-            scheduler=cast(Scheduler | None, scheduler),
+        said = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "seed": seed,
+            "negative_prompt": negative_prompt,
+            "scheduler": scheduler,
+            "preset": preset,
+        }
+        said = {name: value for name, value in said.items() if value is not None}
+        request = GenerateRequest.model_validate(
+            {"prompt": prompt, "user_id": user, "width": width, "height": height, **said}
         )
         if not output.absolute().parent.is_dir():
             raise StorageUnavailable(
                 f"there is no folder {output.parent} for the picture", "Make it, or choose another -o."
             )
         settings = load_settings(log_level="warning")
+        request = resolved(request, settings)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             open_models(settings) as models,
             Progress(*columns, console=to_people, transient=True) as progress,
         ):
-            bar = progress.add_task("loading", total=steps)
+            bar = progress.add_task("loading", total=request.num_inference_steps)
             generation = models.generate(
                 request,
                 lambda step: progress.update(bar, description="drawing", completed=step.done, total=step.of),

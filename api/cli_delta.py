@@ -101,7 +101,4 @@ def _make(
 
 def _pictures(models: ModelService, source: ModelSource, gate: list[GenerateRequest]) -> "Sequence[Image]":
     with models.lease(source) as model:
-        return [
-            models.engine.draw(model.base, model.adapter, request, request.seed or 0, lambda step: None).images[0]
-            for request in gate
-        ]
+        return [models.engine.draw(model, request, request.seed or 0, lambda step: None).images[0] for request in gate]

@@ -58,6 +58,21 @@ DEFAULT_USER = "default"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+Scheduler = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"]
+
+
+class FastSource(BaseModel):
+    """What a base draws with in few steps, on top of whichever model of a user."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lora: str | None = Field(default=None, min_length=1, description="few-step LoRA (LCM, Hyper-SD…) over the base")
+    decoder: str | None = Field(default=None, min_length=1, description="diffusers folder of a tiny autoencoder")
+    scheduler: Scheduler | None = Field(default="lcm", description="sampler that it was distilled for")
+    num_inference_steps: int = Field(default=4, ge=1, le=150, description="denoising steps")
+    guidance_scale: float = Field(default=1.0, ge=1.0, le=20.0, allow_inf_nan=False, description="guidance")
+
+
 class ModelSource(BaseModel):
     """Where a user's model comes from: a base, and optionally a LoRA adapter over it."""
 
@@ -165,6 +180,11 @@ class Settings(BaseSettings):
         default_factory=dict,
         validate_default=True,
         description="Models by user, added to `USER_MODELS` in api/config.py (JSON in the environment).",
+    )
+    fast_models: dict[str, FastSource] = Field(
+        default_factory=dict,
+        description="What `preset: fast` draws with, by base (JSON: "
+        '`{"models/demo": {"lora": "lcm.safetensors"}}`); a base that is not here has no such preset.',
     )
     host_cache_gb: float = Field(
         default=0.0,
@@ -286,6 +306,10 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The database's URL; it may hold a password."""
         return self.database_url.get_secret_value() if self.database_url else f"sqlite:///{self.data_dir / 'sitter.db'}"
+
+    def fast_for(self, source: ModelSource) -> FastSource | None:
+        """Returns what the model of `source` draws fast with, if that is given."""
+        return self.fast_models.get(source.base)
 
     def source_for(self, user_id: str) -> ModelSource:
         """Returns where the model of `user_id` comes from: their own, or the default's."""

@@ -37,6 +37,14 @@ class InvalidRequest(SitterError):
     hint = "See /docs for every field, its bounds and an example."
 
 
+class DeadlinePassed(SitterError):
+    """The job was not done by the deadline that it came with."""
+
+    status = 504
+    code = "deadline_passed"
+    hint = "Ask again with a later deadline, or when fewer wait."
+
+
 class UnsupportedSize(InvalidRequest):
     """The model cannot draw this width and height; the hint names the nearest size that it can."""
 

@@ -5,12 +5,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from api.config import DEFAULT_USER, UserId
+from api.config import DEFAULT_USER, Scheduler, Settings, UserId
+from api.errors import InvalidRequest
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**63 - 1
 
-Scheduler = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc"]
 Lane = Literal["batch", "delta", "exact", "stock"]
 
 
@@ -84,6 +84,12 @@ class GenerateRequest(BaseModel):
         description="Pictures to draw; the second uses seed + 1, and so on.",
         examples=[1],
     )
+    preset: Literal["fast"] | None = Field(
+        default=None,
+        description="`fast`: in few steps, where the model's base has a LoRA for that; steps, guidance and sampler "
+        "that are not said follow it. null draws as usual.",
+        examples=[None],
+    )
     reproducible: bool = Field(
         default=False,
         description="Draw it in no batch with others, whose number changes the last digits: slower, and the same "
@@ -96,6 +102,23 @@ class GenerateRequest(BaseModel):
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError("seed: too large for that many pictures")
         return self
+
+
+def resolved(request: GenerateRequest, settings: Settings) -> GenerateRequest:
+    """Returns the request with what its preset says of steps, guidance and sampler, where it says nothing itself.
+
+    Raises:
+        InvalidRequest: its model has no such preset.
+    """
+    if request.preset is None:
+        return request
+    fast = settings.fast_for(settings.source_for(request.user_id))
+    if fast is None:
+        raise InvalidRequest("this model has no preset fast", "Leave preset out; FAST_MODELS is where it is given.")
+    follows = fast.model_dump(include={"num_inference_steps", "guidance_scale", "scheduler"})
+    return request.model_copy(
+        update={name: value for name, value in follows.items() if name not in request.model_fields_set}
+    )
 
 
 class Timings(BaseModel):

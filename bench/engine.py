@@ -27,13 +27,15 @@ from bench.arms import ARMS, OURS, REFERENCE, RIVALS, Arm
 from bench.figures import Figure, at_least, at_most
 from bench.loras import write_loras
 from bench.ways import Given, bytes_of, load_base
-from bench.workload import STEPS, USERS, Run, burst, open_loop, stream
+from bench.workload import STEPS, USERS, Run, alike, burst, open_loop, stream
 
 SCALE = 1  # more rounds for steadier figures; 1 takes about a quarter of an hour on two cores
 DEMO = ROOT / "models" / "demo"
 RATES = (0.6, 0.9)  # of what the fastest arm can do
 HISTORY = 5000  # requests that came before, and left their users' models in the cache
 TOLERANCE = 0.5  # mean difference of two drawings of one picture, of 255 levels
+RANK = 16  # of every LoRA where they are alike
+RANKS = (4, 8, 16, 32, 64)
 APART = 10  # tolerances that the pictures of two users must differ for the comparison to mean anything
 SEED = 22  # few requests, and a fifth of them by users whom arm A has no room for: as in the long run
 
@@ -47,8 +49,8 @@ class Size:
     """How much is measured: rounds, and the requests that a burst and an open loop have in each."""
 
     rounds: int = 2 * SCALE
-    burst: int = 8
-    open_loop: int = 6
+    burst: int = 12
+    open_loop: int = 12
 
 
 def figures(size: Size | None = None) -> Iterator[Figure]:
@@ -63,26 +65,25 @@ def figures(size: Size | None = None) -> Iterator[Figure]:
     late = list(dict.fromkeys(reversed(past)))[len(USERS) // 4 - 1 :: -1]  # a quarter of all users, the last one last
     bursts = [list(islice(requests, size.burst)) for _ in range(size.rounds)]
     rising = [[list(islice(requests, size.open_loop)) for _ in range(size.rounds)] for _ in RATES]
-    soon, later = _users(bursts), _users(bursts + [round_ for rounds in rising for round_ in rounds])
-    # On threads that end: one of this process that stays would slow the service down, see `api/engine/threads.py`.
-    unet = in_own_thread(partial(load_base, DEMO)).unet
-    # In bytes of arm A's models, by far the largest: where it holds everybody so do all, and where it holds a quarter
-    # the others hold everybody still. That is their merit, and it is not taken from them here.
-    everybody = len(USERS) * bytes_of(unet)
+    soon = _users(bursts)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        loras = in_own_thread(partial(write_loras, Path(folder) / "alike", unet, USERS, (16,), SEED))
-        mixed = in_own_thread(partial(write_loras, Path(folder) / "mixed", unet, USERS, (4, 8, 16, 32, 64), SEED))
-        roomy = Given(DEMO, loras, everybody, highest_rank=16)
-        yield from switching.figures(roomy)
-        with _arms(roomy, soon, soon) as arms:
+        # On threads that end: one of this process that stays would slow the service down, see `api/engine/threads.py`.
+        unet = in_own_thread(partial(load_base, DEMO)).unet
+        loras = in_own_thread(partial(write_loras, Path(folder) / "alike", unet, USERS, (RANK,), SEED))
+        mixed = in_own_thread(partial(write_loras, Path(folder) / "mixed", unet, USERS, RANKS, SEED))
+        everybody = len(USERS) * bytes_of(unet)  # room for all of arm A's models, by far the largest
+        yield from switching.figures(Given(DEMO, loras, everybody, highest_rank=RANK))
+        with _arms(Given(DEMO, loras, everybody, highest_rank=RANK), soon) as arms:
+            runs = _in_bursts(arms, [alike(requests) for requests in bursts[: (size.rounds + 1) // 2]])
+            yield from _speeds(f"every user in cache, requests alike, rank {RANK}", runs)
+        with _arms(Given(DEMO, mixed, everybody, highest_rank=max(RANKS)), soon) as arms:
             runs = _in_bursts(arms, bursts)
             yield from _speeds("every user in cache", runs)
             yield at_least("mixed_users_speedup_in_cache", _speedup(runs), "ratio", 1.5)
-        with _arms(Given(DEMO, mixed, everybody, highest_rank=64), soon, soon) as arms:
-            yield from _speeds("the same, ranks 4 to 64", _in_bursts(arms, bursts[: (size.rounds + 1) // 2]))
-        with _arms(Given(DEMO, loras, everybody // 4, highest_rank=16), late, later) as arms:
+        room = sum(file.stat().st_size for file in mixed.values()) // 4
+        with _arms(Given(DEMO, mixed, room, highest_rank=max(RANKS)), late) as arms:
             runs = _in_bursts(arms, bursts)
-            yield from _speeds("room for a quarter of A's models", runs)
+            yield from _speeds("room for a quarter of the LoRAs", runs)
             yield at_least("mixed_users_speedup_past_cache", _speedup(runs), "ratio", 2)
             yield from _in_open_loops(arms, max(map(_images_per_second, runs.values())), rising)
 
@@ -92,20 +93,17 @@ def _users(rounds: Sequence[Requests]) -> list[str]:
 
 
 @contextmanager
-def _arms(given: Given, held_by_a: Sequence[str], held: Sequence[str]) -> Iterator[Arms]:
-    """Every arm, with models in its cache, once each draws the right pictures.
+def _arms(given: Given, held: Sequence[str]) -> Iterator[Arms]:
+    """Every arm, with the models of users `held` in its cache, the last one last, once each draws the right pictures.
 
-    Args:
-        given: what the arms are made of.
-        held_by_a: users whose models fill arm A.
-        held: users whose LoRAs the other arms have; there is room for all, and those who do not come do not matter.
+    An arm whose budget has no room for all of them has the last ones.
     """
     with ExitStack() as closing:
         arms: dict[str, Arm] = {name: Apart(name, given) for name in ARMS}
-        for name, arm in arms.items():
+        for arm in arms.values():
             closing.callback(arm.close)
-            arm.hold(held_by_a if name == REFERENCE else held)
-        _check_users_apart(arms, held_by_a[-3:])
+            arm.hold(held)
+        _check_users_apart(arms, held[-3:])
         yield arms
 
 

@@ -165,7 +165,7 @@ class SameUser(HotSwap):
     """F: as C, and requests of one user share a batch."""
 
     def together(self, first: GenerateRequest, other: GenerateRequest) -> bool:
-        return first.user_id == other.user_id and _same_steps(first, other)
+        return first.user_id == other.user_id and _alike(first, other)
 
 
 class MixedBatch(OneBase):
@@ -184,7 +184,7 @@ class MixedBatch(OneBase):
             self._adapters.get(user_id)
 
     def together(self, first: GenerateRequest, other: GenerateRequest) -> bool:
-        return _same_steps(first, other)
+        return _alike(first, other)
 
     def draw(self, requests: Sequence[GenerateRequest]) -> list[Image.Image]:
         users = [request.user_id for request in requests]
@@ -238,8 +238,10 @@ def _with_own_unet(base: Any) -> Any:
     return pipeline
 
 
-def _same_steps(first: GenerateRequest, other: GenerateRequest) -> bool:
-    return first.num_inference_steps == other.num_inference_steps
+def _alike(first: GenerateRequest, other: GenerateRequest) -> bool:
+    """Whether one call of a pipeline, which has one number of steps and one guidance, can draw both."""
+    asked = ((one.num_inference_steps, one.guidance_scale) for one in (first, other))
+    return len(set(asked)) == 1
 
 
 def _draw(pipeline: Any, requests: Sequence[GenerateRequest]) -> list[Image.Image]:

@@ -13,7 +13,8 @@ USERS = tuple(f"user{number:03}" for number in range(200))
 ZIPF = 1.1
 ACTIVE = 8  # users who are there at once
 LEAVES = 0.5  # the chance that a user leaves after a picture, and another comes
-STEPS = (30, 30, 30, 20)  # most people leave them as they are
+STEPS = (30, 30, 30, 10, 20, 50)  # most people leave them as they are
+GUIDANCE = (7.5, 7.5, 7.5, 5.0, 10.0)  # likewise
 SIZE = 512  # pixels: the bundled model draws at no other
 ROLES = ("wizard", "firefighter", "pirate", "doctor", "knight", "chef")
 PLACES = ("forest", "city", "desert", "library", "harbour", "snowy street")
@@ -49,12 +50,19 @@ def stream(seed: int) -> Iterator[GenerateRequest]:
             prompt=f"photo of sks person as a {chance.choice(ROLES)} in a {chance.choice(PLACES)}",
             user_id=user,
             num_inference_steps=chance.choice(STEPS),
+            guidance_scale=chance.choice(GUIDANCE),
             width=SIZE,
             height=SIZE,
             seed=chance.randrange(2**32),
         )
         if chance.random() < LEAVES:
             active.remove(user)
+
+
+def alike(requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
+    """Returns the requests with the steps and guidance that most have, so that all can share a batch."""
+    usual = {"num_inference_steps": STEPS[0], "guidance_scale": GUIDANCE[0]}
+    return [request.model_copy(update=usual) for request in requests]
 
 
 def burst(arm: Arm, requests: Sequence[GenerateRequest]) -> Run:

@@ -17,9 +17,10 @@ from api.config import ModelSource
 from api.engine.base import Base
 from api.engine.deltas import LEAST_PSNR, Delta, extract, fingerprint, write_delta
 from api.engine.pipeline import Step
+from api.engine.shelf import LeasedModel
 from api.engine.sources import FoundBase, count_values
 from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown, UnsupportedSize
-from api.model_service import LeasedModel, ModelService
+from api.model_service import ModelService
 from tests import builders
 
 WAIT = 60  # seconds until a lost thread fails the test

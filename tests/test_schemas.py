@@ -19,6 +19,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "negative_prompt": None,
         "scheduler": None,
         "num_images": 1,
+        "preset": None,
         "reproducible": False,
     }
 
@@ -32,7 +33,7 @@ GOOD: dict[str, list[Any]] = {
     "height": [256, 1024],
     "seed": [None, 0, MAX_SEED],
     "negative_prompt": [None, "", "x" * MAX_PROMPT_CHARACTERS],
-    "scheduler": [None, "ddim", "euler", "euler_a", "dpmpp_2m", "unipc"],
+    "scheduler": [None, "ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"],
     "num_images": [1, 4],
     "reproducible": [True, False],
 }

@@ -276,12 +276,18 @@ async def _cancel(
     await session.execute(held.with_for_update())
     running = update(Request).where(which, RUNNING).values(cancel_requested=True, revision=Request.revision + 1)
     asked = list(await session.scalars(running.returning(Request.id)))
-    ended = update(Request).where(which, QUEUED).values(status="cancelled", **ENDED_CLAIM)
-    ended = ended.values(cancel_requested=True, finished_at=now())
+    return await end_queued(session, user_id, which, status="cancelled", cancel_requested=True), asked
+
+
+async def end_queued(
+    session: AsyncSession, user_id: str | None, which: ColumnElement[bool], **values: Any
+) -> list[str]:
+    """Ends those queued jobs of `which`, all of one user, whose row the transaction holds; returns their ids."""
+    ended = update(Request).where(which, QUEUED).values(finished_at=now(), **ENDED_CLAIM, **values)
     columns = (Request.id, Request.start_tag, Request.work, Request.priority, Request.webhook_url)
     rows = (await session.execute(ended.returning(*columns))).all()
     if not rows:
-        return [], asked
+        return []
     # What is not drawn does not count: its user's later jobs move up by its work, though not before the present.
     # What of its turn lies before the present is over: to give that back would put those after it ahead of everybody.
     present = await session.scalar(select(Queue.virtual_time)) or 0
@@ -293,7 +299,7 @@ async def _cancel(
         moved = case((tag - given_back > present, tag - given_back), else_=present)
         await session.execute(move.where(tag > present).values({tag: moved}))
     session.add_all(Delivery(request_id=row.id) for row in rows if row.webhook_url)
-    return [row.id for row in rows], asked
+    return [row.id for row in rows]
 
 
 async def put_back(session: AsyncSession, held: Any, **values: Any) -> bool:

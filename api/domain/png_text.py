@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Mapping
 
 from api import __version__
-from api.schemas import GenerateRequest, Scheduler
+from api.config import Scheduler
+from api.schemas import GenerateRequest
 
 HEADER_END = 33  # bytes of the signature and the chunk IHDR, which comes first
 SAMPLERS: dict[Scheduler, str] = {
@@ -15,6 +16,7 @@ SAMPLERS: dict[Scheduler, str] = {
     "euler_a": "Euler a",
     "dpmpp_2m": "DPM++ 2M",
     "unipc": "UniPC",
+    "lcm": "LCM",
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.exc import DBAPIError
@@ -26,9 +27,9 @@ from api.errors import (
     SitterError,
     StorageFull,
 )
-from api.schemas import GenerateRequest
+from api.schemas import GenerateRequest, resolved
 from api.store.database import Database
-from api.store.tables import Queue, Request, User
+from api.store.tables import Queue, Request, User, now
 from api.store.vault import Vault
 
 RANDOM_SEEDS = 2**32
@@ -49,6 +50,7 @@ class Order:
     priority: int = 0
     webhook_url: str | None = None
     idempotency_key: str | None = None
+    deadline_seconds: float | None = None
 
     @property
     def same(self) -> Same | None:
@@ -159,7 +161,9 @@ class Desk:
             return refusal
 
     def _accept(self, book: _Book, order: Order) -> Request:
-        said = (order.sensitive, order.tags, order.category, order.priority, order.webhook_url)
+        said: tuple[object, ...] = (order.sensitive, order.tags, order.category, order.priority, order.webhook_url)
+        if order.deadline_seconds is not None:  # younger than digests in the database, as what `_unsaid` tells of
+            said += (order.deadline_seconds,)
         body = repr((order.request.model_dump_json(exclude=_unsaid(order.request)), *said)).encode()
         if known := book.known.get(order.same):
             if not self._vault.matches(known.body_hash, body):
@@ -172,7 +176,10 @@ class Desk:
             raise NotAuthenticated("this user is disabled")
         if book.queued >= self._settings.max_queued:
             raise Busy(f"{book.queued} jobs are waiting already")
-        request = order.request
+        # As the user whose model it is: a caller may have left `user_id` out.
+        request = order.request.model_copy(update={"user_id": order.user_id})
+        request = resolved(request, self._settings)
+        order = replace(order, request=request)
         steps = request.num_images * request.num_inference_steps
         quota.check(user, book.used[user.id], self._settings, images=request.num_images, steps=steps)
         job = self._job(order, body, steps, start_tag=max(book.virtual_time, user.finish_tag))
@@ -203,6 +210,7 @@ class Desk:
             steps=steps,
             work=work(request),
             start_tag=start_tag,
+            deadline=order.deadline_seconds and now() + timedelta(seconds=order.deadline_seconds),
         )
 
 
@@ -250,7 +258,7 @@ async def _known(session: AsyncSession, orders: Sequence[Order]) -> dict[Same | 
 
 def _unsaid(request: GenerateRequest) -> set[str]:
     """Returns fields that are younger than rows and digests in the database, where nothing is asked of them."""
-    return set() if request.reproducible else {"reproducible"}
+    return {name for name in ("reproducible", "preset") if not getattr(request, name)}
 
 
 def work(request: GenerateRequest) -> int:

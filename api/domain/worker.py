@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,12 +18,21 @@ from anyio import CapacityLimiter
 from api.config import Settings
 from api.domain import jobs
 from api.domain.crashes import Watchman, crashed
+from api.domain.deadlines import give_up, passed, too_late
 from api.domain.generate import Studio, draw, forget_earlier_attempts, save
 from api.domain.jobs import Claim, Finished, Progress
 from api.domain.library import delete_unknown
 from api.domain.metrics import Metrics
 from api.domain.wake import Wake
-from api.errors import Cancelled, DatabaseUnavailable, DeviceLost, ShuttingDown, SitterError, StorageFull
+from api.errors import (
+    Cancelled,
+    DatabaseUnavailable,
+    DeadlinePassed,
+    DeviceLost,
+    ShuttingDown,
+    SitterError,
+    StorageFull,
+)
 from api.store.database import Database
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ PREVIEW_SECONDS = 1.0
 POLL_SECONDS = 1.0  # how often the queue is looked at for jobs of other processes
 FULL_DISK_SECONDS = 5.0  # between tries while the disk is full
 RETRY_SECONDS = 0.5  # between tries while the database is away
+ENDED_BY_US = (Cancelled, DeadlinePassed)  # perhaps before its drawing has come to a step where it stops
 LETTING_GO_SECONDS = 1.0  # how long a job that was told to stop may take to say so
 
 
@@ -124,6 +134,7 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beat_forever())
             group.create_task(self._watch_forever())
+            group.create_task(self._give_up_forever())
             group.create_task(self._claim_forever(slots))
 
     async def stop(self, seconds: float) -> None:
@@ -195,7 +206,7 @@ class Worker:
         self._wake.wake(claim.job.id)
         try:
             with _going_on():  # what could not be ended runs again once its lease has lapsed
-                if not await self._end(job) and not isinstance(job.stop, Cancelled):
+                if not await self._end(job) and not isinstance(job.stop, ENDED_BY_US):
                     log.warning("lease_lost")
         finally:
             del self._in_hand[claim.token]
@@ -283,10 +294,10 @@ class Worker:
             return
         lost, cancelled = await jobs.beat(self._database, [(job.claim, job.report()) for job in in_hand])
         for job in in_hand:
-            if job.claim.token in lost and not isinstance(job.stop, Cancelled):
+            if job.claim.token in lost and not isinstance(job.stop, ENDED_BY_US):
                 job.stop = LeaseLost()
-            elif job.claim.token in cancelled and job.stop is None:
-                job.stop = Cancelled("it was cancelled")
+            elif job.stop is None and (stop := _reason_to_stop(job.claim, cancelled)):
+                job.stop = stop
                 if job.progress.phase == "loading":  # its first step may be minutes away
                     await self._end_undrawn(job.claim, job.stop)
             self._wake.wake(job.claim.job.id)
@@ -303,6 +314,21 @@ class Worker:
                     self._wake.wake(job_id)
                 if taken:
                     self._wake.wake(Wake.QUEUE)
+
+    async def _give_up_forever(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            with _going_on():
+                for job_id in await give_up(self._database):
+                    self._metrics.job_ended("failed", code=DeadlinePassed.code)
+                    self._wake.wake(job_id)
+                    self._wake.wake(Wake.WEBHOOKS)
+
+
+def _reason_to_stop(claim: Claim, cancelled: Collection[str]) -> Exception | None:
+    if claim.token in cancelled:
+        return Cancelled("it was cancelled")
+    return too_late() if passed(claim.job.deadline) else None
 
 
 @contextmanager

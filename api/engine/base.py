@@ -59,7 +59,13 @@ class Base:
         """Returns what the slots take beside the weights."""
         return self.unet.nbytes + self._checkpoints.nbytes + self.texts.slot_bytes
 
+    def check(self) -> None:
+        """Raises AccountingOff when a slot is lost, or two adapters are said to be in one."""
+        for slots in (self.unet, self._checkpoints, self.texts):
+            slots.check()
+
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter wherever a copy of it is."""
-        self.shared_unet(adapter).drop(adapter)
+        for slots in (self.unet, self._checkpoints):  # its combinations may be where it is not
+            slots.drop(adapter)
         self.texts.drop(adapter)

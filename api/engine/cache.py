@@ -2,7 +2,8 @@
 
 Who leaves first is GreedyDual-Size-Frequency (Cherkasova 1998, https://www.hpl.hp.com/techreports/98/HPL-98-69R1.html):
 a model is worth its uses × the seconds that a load takes ÷ the bytes that it holds, above what the last one to leave
-was worth, so that old fame fades. Among equals the least recently used leaves.
+was worth, so that old fame fades. Among equals the least recently used leaves. But an owner who holds more than a
+share of the memory makes room among their own first, so that nobody flushes everybody else's models out.
 
 Free of torch. What is cached is anything that can name its storages: `sizes` maps a storage's identity to
 `(device, bytes)`, so tensors that two models share are counted once, and freed with the last of them.
@@ -15,15 +16,21 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 from api.errors import ModelUnavailable
 
 T = TypeVar("T")
 QUICK_SECONDS = 0.01  # loads are not told apart below: that is the noise of the machine
+OWNER_SHARE = 0.25  # of a budget: beyond it an owner's own models leave before those of others
 Sizes = Mapping[Hashable, tuple[str, int]]
 Reserve = Callable[[Mapping[str, int]], None]
 """Called by a loader before it takes memory, with device → bytes: idle models leave to make room."""
+
+
+class AccountingOff(Exception):
+    """What the cache says it holds is not what it holds: a fault of ours."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Loaded(Generic[T]):
 @dataclass(eq=False)
 class _Entry(Generic[T]):
     key: Hashable
+    owner: str | None = None
     future: "Future[Loaded[T]]" = field(default_factory=Future)
     users: int = 0
     hits: int = 0
@@ -96,12 +104,13 @@ class ModelCache(Generic[T]):
         self._leaving: list[Callable[[], None]] = []  # what is to be done once the lock is free
         self._lock = threading.RLock()
 
-    def lease(self, key: Hashable, load: Callable[[Reserve], Loaded[T]]) -> Lease[T]:
+    def lease(self, key: Hashable, load: Callable[[Reserve], Loaded[T]], owner: str | None = None) -> Lease[T]:
         """Returns a lease of the model, loading it if need be. Many callers at once cause one load.
 
         Args:
             key: identity of the model.
             load: loads it, calling `Reserve` first; run without the lock, by one caller at a time for each key.
+            owner: whose model it is; None for one that is everybody's.
 
         Raises:
             ModelUnavailable: it can never fit. Whatever `load` raises reaches every caller that waits for it.
@@ -110,7 +119,7 @@ class ModelCache(Generic[T]):
             entry = self._entries.get(key)
             loads = entry is None
             if entry is None:
-                entry = self._entries[key] = _Entry(key)
+                entry = self._entries[key] = _Entry(key, owner)
             entry.users += 1
             self._entries.move_to_end(key)
         if loads:
@@ -129,7 +138,7 @@ class ModelCache(Generic[T]):
     def _load(self, entry: _Entry[T], load: Callable[[Reserve], Loaded[T]]) -> None:
         began = time.perf_counter()
         try:
-            loaded = load(self._make_room)
+            loaded = load(partial(self._make_room, owner=entry.owner))
         except BaseException as error:
             with self._forgetting():
                 self._forget(entry)
@@ -148,10 +157,10 @@ class ModelCache(Generic[T]):
             entry.devices = {device for device, _ in loaded.sizes.values()}
             self._held.add(entry)
             entry.future.set_result(loaded)
-        self._make_room({})
+        self._make_room({}, entry.owner)
 
-    def _make_room(self, expected: Mapping[str, int]) -> None:
-        """Evicts idle models, those of least worth first, until `expected` more bytes fit or none is left."""
+    def _make_room(self, expected: Mapping[str, int], owner: str | None = None) -> None:
+        """Evicts idle models, in the order that the module tells, until `expected` more bytes of `owner` fit."""
         for device, budget in self.budgets.items():
             wanted = expected.get(device, 0)
             if wanted > budget:
@@ -161,11 +170,17 @@ class ModelCache(Generic[T]):
                 )
             with self._forgetting():
                 idle = [entry for entry in self._entries.values() if entry.users == 0 and device in entry.devices]
-                for entry in sorted(idle, key=lambda entry: entry.worth):  # stable: the least recently used comes first
+                greedy = owner is not None and self._owned(owner, device) + wanted > OWNER_SHARE * budget
+                # Stable: among equals the least recently used comes first.
+                idle.sort(key=lambda entry: (not (greedy and entry.owner == owner), entry.worth))
+                for entry in idle:
                     if self._used[device] + wanted <= budget:
                         break
                     self._least_worth = max(self._least_worth, entry.worth)
                     self._forget(entry)
+
+    def _owned(self, owner: str, device: str) -> int:
+        return sum(entry.added_bytes for entry in self._held if entry.owner == owner and device in entry.devices)
 
     def _value(self, entry: _Entry[T]) -> None:
         """Says anew what keeping the model saves."""
@@ -213,19 +228,26 @@ class ModelCache(Generic[T]):
         with self._lock:
             return [self._describe(entry) for entry in reversed(self._entries.values()) if entry in self._held]
 
-    def check(self) -> None:
-        """Raises AssertionError when the accounting is off. For tests."""
+    def is_idle(self) -> bool:
+        """Whether nobody uses or loads a model."""
         with self._lock:
-            counted: dict[Hashable, int] = {}
+            return not any(entry.users for entry in (*self._entries.values(), *self._held))
+
+    def check(self) -> None:
+        """Counts everything anew. Raises AccountingOff unless that gives what the books say."""
+        with self._lock:
+            counted: Counter[Hashable] = Counter()
             for entry in self._held:
-                assert not (entry.stale and entry.users == 0), f"{entry.key} is neither cached nor used, but held"
-                for storage in entry.future.result().sizes:
-                    counted[storage] = counted.get(storage, 0) + 1
-            assert counted == {storage: held for storage, (_, _, held) in self._storages.items()}
+                if entry.stale and not entry.users:
+                    raise AccountingOff(f"{entry.key} is neither cached nor used, but held")
+                counted.update(entry.future.result().sizes.keys())
+            if counted != {storage: held for storage, (_, _, held) in self._storages.items()}:
+                raise AccountingOff("storages are counted for models that do not hold them")
             total: Counter[str] = Counter()
             for device, size, _ in self._storages.values():
                 total[device] += size
-            assert +self._used == +total
+            if +self._used != +total:
+                raise AccountingOff(f"{dict(self._used)} bytes are said to be used, {dict(total)} are")
 
     def _describe(self, entry: _Entry[T]) -> EntryInfo:
         sizes = entry.future.result().sizes

@@ -1,5 +1,6 @@
 """Loading a base: a diffusers folder, hub id or single file becomes a pipeline on the device, or a clear error."""
 
+import json
 import threading
 from dataclasses import dataclass
 from itertools import chain
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -117,6 +118,23 @@ def _make_ready(pipeline: StableDiffusionPipeline, placement: Placement, pool: T
             module.to(memory_format=torch.channels_last)  # convolutions read it faster, the decoder's by a third
             pool.share(name, module)
     pipeline.tokenizer = pool.share_tokenizer(pipeline.tokenizer)
+
+
+def load_decoder(folder: Path, placement: Placement) -> AutoencoderTiny:
+    """Returns the tiny autoencoder in `folder`, on the device, in the precision of decoders.
+
+    Raises:
+        ModelUnavailable: a file is missing, corrupt, a pickle, or of another kind.
+    """
+    with loading(folder.name, folder), ONE_LOAD:
+        config = folder / "config.json"
+        if not config.is_file() or json.loads(config.read_bytes()).get("_class_name") != "AutoencoderTiny":
+            raise ModelUnavailable(f"{folder.name} is no AutoencoderTiny", "Check FAST_MODELS.")
+        decoder = AutoencoderTiny.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        decoder.requires_grad_(False).eval().to(placement.device, placement.vae_dtype)
+        return decoder.to(memory_format=torch.channels_last)
 
 
 def load_stock(found: FoundBase, placement: Placement, pool: TensorPool) -> DiffusionPipeline:

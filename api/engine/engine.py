@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import psutil
 import structlog
 import torch
 import transformers
+from diffusers import AutoencoderTiny
 
 from api.config import ModelSource, Settings, locate
 from api.engine import components, deltas, sources, weights
@@ -24,9 +25,11 @@ from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.cache import Loaded
+from api.engine.combined import combined
 from api.engine.knee import Knee
 from api.engine.pipeline import Drawing, OnStep, draw, draw_stock, drawn_size
 from api.engine.preview import fitted
+from api.engine.shelf import LeasedModel
 from api.engine.sources import FoundBase
 from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter, load_stock_adapter
@@ -38,6 +41,7 @@ from api.schemas import GenerateRequest
 
 AnyBase: TypeAlias = Base | StockBase
 AnyAdapter: TypeAlias = Adapter | StockAdapter
+Decoder: TypeAlias = AutoencoderTiny
 
 log = structlog.get_logger()
 
@@ -111,6 +115,11 @@ class Engine:
     def slot_bytes(self) -> int:
         """Returns what the slots of all bases in memory take, on the device and beside the budgets."""
         return sum(base.slot_bytes for base in self._in_memory())
+
+    def check_slots(self) -> None:
+        """Raises AccountingOff when a slot of some base is lost, or two adapters are said to be in one."""
+        for base in self._in_memory():
+            base.check()
 
     def _in_memory(self) -> list[Base]:
         with self._counting:
@@ -223,10 +232,28 @@ class Engine:
 
         return Loaded(adapter, weights.storages_of(adapter.tensors()), drop)
 
+    def combine(self, adapters: Sequence[AnyAdapter]) -> AnyAdapter | None:
+        """Returns one adapter that does what all of these do, which are of one base; None for none.
+
+        Raises:
+            ModelUnavailable: the base takes one alone.
+        """
+        if len(adapters) < 2:
+            return adapters[0] if adapters else None
+        for_slots = [adapter for adapter in adapters if isinstance(adapter, Adapter)]
+        if len(for_slots) < len(adapters):
+            raise ModelUnavailable("this base takes one LoRA at a time", "Several at once are for Stable Diffusion.")
+        return combined([(adapter, 1.0) for adapter in for_slots])
+
+    def load_decoder(self, folder: Path) -> Loaded[Decoder]:
+        """Returns the tiny autoencoder in `folder`. Raises ModelUnavailable, OutOfMemory or DeviceLost."""
+        with self._told_apart():
+            decoder = in_own_thread(partial(components.load_decoder, folder, self._placement))
+        return Loaded(decoder, weights.storages_of(weights.tensors_of(decoder)))
+
     def draw(
         self,
-        base: AnyBase,
-        adapter: AnyAdapter | None,
+        model: LeasedModel,
         request: GenerateRequest,
         seed: int,
         on_step: OnStep,
@@ -236,12 +263,13 @@ class Engine:
 
         Raises OutOfMemory and DeviceLost besides.
         """
+        base, adapter = model.base, model.adapter
         with self._told_apart():
             if isinstance(base, StockBase):
                 assert not isinstance(adapter, Adapter)  # it was loaded for this base
                 return draw_stock(base, adapter, request, seed, on_step, check)
             assert not isinstance(adapter, StockAdapter)
-            return draw(base, adapter, request, seed, self._batch, on_step, check)
+            return draw(base, adapter, request, seed, self._batch, on_step, check, model.decoder)
 
     def close(self) -> None:
         """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""

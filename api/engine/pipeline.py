@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
@@ -95,6 +96,7 @@ def draw(
     batch: Batch,
     on_step: OnStep,
     check: Callable[[], None] = lambda: None,
+    decoder: AutoencoderTiny | None = None,
 ) -> Drawing:
     """Returns the pictures of `request`, the first from `seed`, the next from `seed + 1` and so on. Blocks.
 
@@ -106,6 +108,7 @@ def draw(
         batch: the step loop.
         on_step: called after each step, on the thread of the lane; whatever it raises ends the drawing.
         check: called now and then while the request waits for its first step; whatever it raises ends the drawing.
+        decoder: makes the pixels in place of the base's own; None for that one.
 
     Raises:
         BadPicture: latents or pixels are not finite.
@@ -124,7 +127,7 @@ def draw(
         else:
             denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped, check)
         done = time.perf_counter()
-        images, decode_seconds = batch.run(partial(_decode_timed, pipeline, denoised.latents))
+        images, decode_seconds = batch.run(partial(_decode_timed, pipeline, decoder or pipeline.vae, denoised.latents))
     return Drawing(
         [sized(image, request.width, request.height) for image in images],
         denoised.lane,
@@ -308,21 +311,21 @@ def _unread(beyond: Callable[[str], str], request: GenerateRequest) -> dict[str,
 
 
 @torch.inference_mode()
-def _decode_timed(pipeline: StableDiffusionPipeline, latents: Tensor) -> tuple[list[Image.Image], float]:
+def _decode_timed(pipeline: StableDiffusionPipeline, vae: Any, latents: Tensor) -> tuple[list[Image.Image], float]:
     """Returns the pictures, and the seconds that they took."""
     with _decoding:
         began = time.perf_counter()
-        return _decode(pipeline, latents), time.perf_counter() - began
+        return _decode(pipeline, vae, latents), time.perf_counter() - began
 
 
-def _decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:
-    """Returns the pictures of `latents` (pictures, channels, h/f, w/f)."""
+def _decode(pipeline: StableDiffusionPipeline, vae: Any, latents: Tensor) -> list[Image.Image]:
+    """Returns the pictures that `vae` makes of `latents` (pictures, channels, h/f, w/f)."""
     if not torch.isfinite(latents).all():
         raise BadPicture(LOST)
-    scaled = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-    pixels = pipeline.vae.decode(scaled, return_dict=False)[0]
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    pixels = vae.decode(scaled, return_dict=False)[0]
     if not torch.isfinite(pixels).all():  # known of SD's decoder in float16: once more in float32
-        pixels = copy.deepcopy(pipeline.vae).float().decode(scaled.float(), return_dict=False)[0]
+        pixels = copy.deepcopy(vae).float().decode(scaled.float(), return_dict=False)[0]
     if not torch.isfinite(pixels).all():
         raise BadPicture(NO_PIXELS)
     _, unsafe = pipeline.run_safety_checker(pixels, pixels.device, pipeline.unet.dtype)

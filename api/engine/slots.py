@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from api.engine.adapters import Adapter, Delta, Norm
+from api.engine.cache import AccountingOff
+from api.engine.combined import is_made_of
 from api.engine.slotted import RANKS, NormTable, Rows, Table, is_plain, slotted
 from api.engine.weights import shell
 
@@ -125,11 +127,20 @@ class Slots:
                 self._erase(slot)
 
     def drop(self, adapter: Adapter) -> None:
-        """Forgets an adapter, if it is here, and erases it as soon as nobody uses it."""
+        """Forgets an adapter and its combinations, if any is here, and erases each as soon as nobody uses it."""
         with self._changing:
-            slot = self._slots.pop(adapter.key, NO_ADAPTER)
-            if slot != NO_ADAPTER and not self._users[slot]:
-                self._erase(slot)
+            for key in [key for key in self._slots if is_made_of(key, adapter.key)]:
+                slot = self._slots.pop(key)
+                if not self._users[slot]:
+                    self._erase(slot)
+
+    def check(self) -> None:
+        """Raises AccountingOff unless each slot is free, holds an adapter, or is used for one that was dropped."""
+        with self._changing:
+            held = [*self._slots.values()]
+            dropped = {slot for slot, users in self._users.items() if users} - {*held}
+            if sorted([*self._free, *held, *dropped]) != list(range(1, self._count + 1)):
+                raise AccountingOff(f"of {self._count} slots {self._free} are free, {held} held, {dropped} dropped")
 
     def predict(self, slots: Sequence[int], latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Returns what the module, a UNet, says of every row, each changed by the adapter in its slot.

@@ -17,9 +17,9 @@ import transformers
 from diffusers.utils import _maybe_remap_transformers_class as today_name
 from torch import nn
 
+from api.config import Scheduler
 from api.engine.sampler import SAMPLERS
 from api.errors import ModelUnavailable
-from api.schemas import Scheduler
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"
 KNOWN = f"{STABLE_DIFFUSION}, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline"

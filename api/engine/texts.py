@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from api.engine.adapters import Adapter
+from api.engine.combined import is_made_of
 from api.engine.slots import Slots
 
 COMPONENT = "text_encoder"
@@ -72,11 +73,15 @@ class Texts:
         """Returns what the slot takes beside the weights."""
         return self._slots.nbytes
 
+    def check(self) -> None:
+        """Raises AccountingOff when the slot is lost."""
+        self._slots.check()
+
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter and every text that it was asked to read."""
         self._slots.drop(adapter)
         with self._keeping:
-            for key in [key for key in self._known if key[0] is adapter.key]:
+            for key in [key for key in self._known if is_made_of(key[0], adapter.key)]:
                 del self._known[key]
 
     def _new_slots(self) -> Slots:

@@ -69,6 +69,7 @@ async def accept(request: JobRequest, service: Service, caller: CallerDep, idemp
         priority=request.priority,
         webhook_url=request.webhook_url,
         idempotency_key=idempotency_key,
+        deadline_seconds=request.deadline_seconds,
     )
     job = await service.desk.submit(order)
     structlog.contextvars.bind_contextvars(job=job.id)  # the line about the request tells it

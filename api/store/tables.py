@@ -124,6 +124,7 @@ class Request(Table):
     steps: Mapped[int]  # denoising steps of them all
     work: Mapped[int] = mapped_column(BigInteger)  # rows × steps × pixels
     start_tag: Mapped[int] = mapped_column(BigInteger)  # see `Queue`
+    deadline: Mapped[datetime | None]  # given up unless it is done by then
     token: Mapped[str | None] = mapped_column(String(32))
     worker: Mapped[str | None] = mapped_column(String(64))
     heartbeat: Mapped[int] = mapped_column(default=0)
@@ -171,6 +172,12 @@ class Request(Table):
             "steps",
             sqlite_where=text("status IN ('queued', 'running')"),
             postgresql_where=text("status IN ('queued', 'running')"),
+        ),
+        Index(
+            "requests_with_deadline",
+            "deadline",
+            sqlite_where=text("status = 'queued' AND deadline IS NOT NULL"),
+            postgresql_where=text("status = 'queued' AND deadline IS NOT NULL"),
         ),
         Index(
             "requests_running",

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from api.schemas import Scheduler
+from api.config import Scheduler
 
 
 class ImageParameters(BaseModel):

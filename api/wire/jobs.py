@@ -32,10 +32,19 @@ class JobRequest(GenerateRequest):
     priority: int = Field(
         default=0, ge=-100, le=100, description="Larger goes first; above 0 is for administrators.", examples=[0]
     )
+    deadline_seconds: float | None = Field(
+        default=None,
+        ge=1,
+        le=30 * 86_400,
+        allow_inf_nan=False,
+        description="Give it up when it is not done so many seconds after it was asked for; null never does.",
+        examples=[60],
+    )
 
     def drawing(self) -> GenerateRequest:
         """Returns what is to be drawn alone."""
-        return GenerateRequest.model_validate(self.model_dump(include=set(GenerateRequest.model_fields)))
+        said = self.model_fields_set & GenerateRequest.model_fields.keys()
+        return GenerateRequest.model_validate(self.model_dump(include=said))
 
 
 class JobImage(BaseModel):
@@ -71,6 +80,7 @@ class Job(BaseModel):
     images: list[JobImage] = Field(description="Its pictures, once it succeeded.")
     error: ErrorResponse | None = Field(description="Why it failed, or what it waits for.")
     warnings: list[str] = Field(description="What was not as asked.", examples=[[]])
+    deadline: datetime | None = Field(description="When it is given up unless it is done; null for never.")
     created_at: datetime = Field(description="When it was accepted.")
     started_at: datetime | None = Field(description="When it was last begun.")
     finished_at: datetime | None = Field(description="When it ended.")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from api.config import Scheduler
 from api.domain.png_text import SAMPLERS, describe, with_text
-from api.schemas import GenerateRequest, Scheduler
+from api.schemas import GenerateRequest
 
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api.engine.cache import Lease, Loaded, ModelCache, Reserve
+from api.engine.cache import AccountingOff, Lease, Loaded, ModelCache, Reserve
 from api.errors import ModelUnavailable
 
 DEVICE = "cpu"
@@ -160,6 +160,41 @@ def test_info_counts_hits_users_and_bytes() -> None:
     a, b = cache.info()
     assert (a.key, a.own_bytes, a.total_bytes, a.users, a.hits) == ("a", 3, 13, 1, 3)
     assert (b.key, b.own_bytes, b.total_bytes, b.users, b.hits) == ("b", 0, 10, 0, 0)
+
+
+def test_a_greedy_owner_makes_room_among_their_own() -> None:
+    cache: ModelCache[str] = ModelCache({DEVICE: 8})
+    loader = Loader()
+    use(cache, loader, "a", "b", "c", "d")  # older than those of eve, and so the next to leave
+    for number in range(20):
+        cache.lease(f"eve{number}", loader(f"eve{number}"), owner="eve").release()
+    assert cached(cache) == ["eve19", "eve18", "eve17", "eve16", "d", "c", "b", "a"]
+    cache.lease("bo", loader("bo"), owner="bo").release()  # who has little, and takes what is worth least
+    assert cached(cache) == ["bo", "eve19", "eve18", "eve17", "eve16", "d", "c", "b"]
+    cache.check()
+
+
+def test_a_greedy_owner_without_another_idle_model_takes_from_others(loader: Loader) -> None:
+    cache: ModelCache[str] = ModelCache({DEVICE: 4})
+    use(cache, loader, "a", "b", "c", "d")
+    leases = [cache.lease(key, loader(key), owner="eve") for key in ("e", "f", "g")]
+    assert cached(cache) == ["g", "f", "e", "d"]
+    for lease in leases:
+        lease.release()
+
+
+def test_books_that_are_off_are_found(three: ModelCache[str], loader: Loader) -> None:
+    use(three, loader, "a", "b")
+    three._used[DEVICE] += 1
+    with pytest.raises(AccountingOff, match="bytes"):
+        three.check()
+
+
+def test_it_says_whether_anybody_uses_it(three: ModelCache[str], loader: Loader) -> None:
+    lease = three.lease("a", loader("a"))
+    assert not three.is_idle()
+    lease.release()
+    assert three.is_idle()
 
 
 def test_a_model_in_use_is_never_evicted(three: ModelCache[str], loader: Loader) -> None:

@@ -11,6 +11,7 @@ from api.engine.adapters import Adapter
 from api.engine.base import Base
 from api.engine.engine import GPU_SHARE, HOST_SHARE, Engine
 from api.engine.pipeline import Drawing
+from api.engine.shelf import LeasedModel
 from api.engine.sources import FoundBase
 from api.engine.weights import storages_of, tensors_of
 from api.errors import OutOfMemory
@@ -106,7 +107,7 @@ def loaded_base(engine: Engine, folder: Path) -> Base:
 
 
 def draw_with(engine: Engine, base: Base, adapter: Adapter | None) -> Drawing:
-    return engine.draw(base, adapter, builders.request(), 7, lambda step: None)
+    return engine.draw(LeasedModel(base, adapter, True), builders.request(), 7, lambda step: None)
 
 
 def test_an_adapter_that_is_dropped_leaves_its_base(engine: Engine, base_folder: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from api.config import ROOT
+from api.config import ROOT, Scheduler
 from api.engine.adapters import Adapter, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.pipeline import Drawing, OnStep, Step, draw, drawn_size
 from api.engine.sampler import SAMPLERS
 from api.errors import BadPicture, Blocked
-from api.schemas import GenerateRequest, Scheduler
+from api.schemas import GenerateRequest
 from tests import builders
 
 NAMES = get_args(Scheduler)

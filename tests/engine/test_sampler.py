@@ -15,10 +15,9 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor
 
-from api.config import ROOT
+from api.config import ROOT, Scheduler
 from api.engine.sampler import SAMPLERS, Schedule, schedule, start, step
 from api.errors import InvalidRequest, ModelUnavailable
-from api.schemas import Scheduler
 
 DEMO = json.loads((ROOT / "models/demo/scheduler/scheduler_config.json").read_text())
 SD15 = {
@@ -138,7 +137,7 @@ def euler_in_float64(config: dict[str, Any], steps: int, seed: int) -> Iterator[
 
 
 def test_the_names_are_those_of_requests_and_one_that_they_cannot_name() -> None:
-    assert set(SAMPLERS) == {*get_args(Scheduler), "lcm"}
+    assert set(SAMPLERS) == {*get_args(Scheduler)}
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

@@ -7,10 +7,11 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from api.config import Scheduler
 from api.engine import stock
 from api.engine.adapters import Adapter, LayerDelta
 from api.engine.sampler import SAMPLERS
-from api.schemas import GenerateRequest, Scheduler
+from api.schemas import GenerateRequest
 from tests import builders
 
 SIZE = (96, 64)  # pixels, width and height

@@ -170,7 +170,7 @@ def test_who_waits_for_the_lane_may_leave_it(
     monkeypatch.setattr("api.engine.pipeline.CHECK_SECONDS", 0.01)
     source = builders.source(family_folder("sdxl"))
     with service.lease(source) as model, _stock_call, pytest.raises(StoppedError):
-        service.engine.draw(model.base, None, builders.request(), 7, lambda step: None, leave)
+        service.engine.draw(model, builders.request(), 7, lambda step: None, leave)
 
 
 def test_drawings_that_come_together_are_those_drawn_alone(service: ModelService) -> None:

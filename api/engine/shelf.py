@@ -1,0 +1,192 @@
+"""The shelf: users' models in memory, and what is leased for a drawing. Free of torch."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+
+from api.config import FastSource, ModelSource, locate
+from api.engine.cache import AccountingOff, Lease, Loaded, ModelCache, Reserve
+from api.engine.finder import Finder
+from api.errors import ModelUnavailable, OutOfMemory
+
+if TYPE_CHECKING:
+    from api.engine.engine import AnyAdapter, AnyBase, Decoder, Engine
+    from api.engine.sources import FoundBase
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class LeasedModel:
+    """What draws: a base, and perhaps an adapter and a decoder in place of the base's, all held in memory."""
+
+    base: "AnyBase"
+    adapter: "AnyAdapter | None"
+    cache_hit: bool
+    decoder: "Decoder | None" = None
+
+
+@dataclass(frozen=True)
+class _Riding:
+    """What is drawn for a source with a delta, and when the delta's file was made."""
+
+    delta_made: tuple[int, int] | None
+    drawn: ModelSource
+
+
+class Shelf:
+    """Loads models through the cache, leases them, and forgets them.
+
+    Args:
+        engine: loads them.
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self.cache: ModelCache[Any] = ModelCache(engine.budgets())
+        self._engine = engine
+        self._finder = Finder(engine.find_base)
+        self._riding: dict[ModelSource, _Riding] = {}  # what is drawn in place of those with a delta
+
+    def find(self, source: ModelSource) -> "FoundBase":
+        """Returns where the base of `source` is. Raises ModelUnavailable."""
+        return self._finder.find(source)
+
+    @contextmanager
+    def lease(
+        self, source: ModelSource, fast: FastSource | None = None, owner: str | None = None
+    ) -> Iterator[LeasedModel]:
+        """Holds the model of `source` in memory inside the block, loading it if need be.
+
+        Args:
+            source: which model.
+            fast: what its base draws few steps with, on top of it; None for nothing.
+            owner: whose model it is; None for one that is everybody's.
+
+        Raises:
+            ModelUnavailable: it does not load. A failure is remembered for 30 seconds, so that a broken model
+                costs the next request nothing.
+            OutOfMemory: there is no room for it, even without the idle models.
+        """
+        with ExitStack() as leases:
+            yield self._acquire(source, fast, owner, leases)
+
+    def retried_without_idle(self, action: Callable[[], T]) -> T:
+        """Returns what `action` does; when memory runs out, once more without the idle models."""
+        try:
+            return action()
+        except OutOfMemory:
+            log.warning("out_of_memory", models_held=self.cache.used())
+        # Out of the except block: the exception's frames held the tensors that did not fit.
+        self.cache.evict_idle()
+        self._engine.free_memory()
+        return action()
+
+    def drawn_as(self, source: ModelSource) -> ModelSource:
+        """Returns what is drawn for a source: the delta that it has, if that is good enough, else the model itself."""
+        if source.delta is None:
+            return source
+        made, before = _made_at(locate(source.delta)), self._riding.get(source)
+        if before is not None and before.delta_made == made:
+            return before.drawn
+        try:
+            drawn = self._engine.delta_over(source)
+            self.cache.drop(drawn)  # that of an older file of the same name
+        except ModelUnavailable as error:
+            log.warning("delta_not_drawn", model=source.model_id, reason=error.detail)
+            drawn = source.itself()
+        self._riding[source] = _Riding(made, drawn)
+        return drawn
+
+    def loaded(self) -> frozenset[str]:
+        """Returns the ids of the models in memory."""
+        loaded = self.cache.loaded()
+        by_delta = {source.model_id for source, riding in list(self._riding.items()) if riding.drawn in loaded}
+        return frozenset(map(str, loaded)) | by_delta
+
+    def forget(self, source: ModelSource, others: Collection[ModelSource]) -> None:
+        """Drops a model from memory once it is not used; what `others` are drawn with stays."""
+        for one in self._all_of([source]) - self._all_of(others):
+            self.cache.drop(one)
+
+    def clear(self) -> tuple[int, int]:
+        """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
+        self._finder.clear()
+        self._riding.clear()
+        freed = self.cache.clear()
+        self._engine.free_memory()
+        return freed
+
+    def check(self) -> None:
+        """Drops everything when free and used are not all there is, in the cache or in the slots."""
+        try:
+            self.cache.check()
+            self._engine.check_slots()
+        except AccountingOff as error:
+            log.error("accounting_off", reason=str(error))
+            self.clear()  # whatever it was, it is not carried on
+
+    def _all_of(self, sources: Collection[ModelSource]) -> set[ModelSource]:
+        """Returns what is leased for these: adapters, bases, and deltas in the place of checkpoints."""
+        drawn = {source.itself() for source in sources}
+        drawn |= {riding.drawn for source in sources if (riding := self._riding.get(source))}
+        return drawn | {source.without_lora() for source in drawn}
+
+    def _acquire(
+        self, source: ModelSource, fast: FastSource | None, owner: str | None, leases: ExitStack
+    ) -> LeasedModel:
+        found, base_source = self._finder.find(source), source.without_lora()
+        base_owner = owner if source.lora is None else None
+        held = [self._held(base_source, leases, lambda: self._lease_base(base_source, found, base_owner))]
+        base = held[0].value
+
+        def adapter(one: ModelSource, whose: str | None) -> "AnyAdapter":
+            held.append(self._held(one, leases, lambda: self._lease_adapter(one, base, whose)))
+            found: AnyAdapter = held[-1].value
+            return found
+
+        adapters = [adapter(source, owner)] if source.lora else []
+        if fast is not None and fast.lora:
+            adapters.append(adapter(base_source.model_copy(update={"lora": fast.lora}), None))
+        if fast is not None and (folder := fast.decoder):
+            held.append(self._held(ModelSource(base=folder), leases, lambda: self._lease_decoder(folder)))
+        decoder = held[-1].value if fast is not None and fast.decoder else None
+        return LeasedModel(base, self._engine.combine(adapters), all(lease.hit for lease in held), decoder)
+
+    def _held(self, source: ModelSource, leases: ExitStack, lease: "Callable[[], Lease[Any]]") -> "Lease[Any]":
+        """Returns the lease, which ends with `leases`; remembers that `source` failed."""
+        with self._finder.remembering_failure(source):
+            held = self.retried_without_idle(lease)
+        leases.callback(held.release)
+        return held
+
+    def _lease_base(self, source: ModelSource, found: "FoundBase", owner: str | None) -> "Lease[AnyBase]":
+        def load(reserve: Reserve) -> "Loaded[AnyBase]":
+            reserve(self._engine.base_bytes(found))
+            return self._engine.load_base(found)
+
+        return self.cache.lease(source, load, owner)
+
+    def _lease_adapter(self, source: ModelSource, base: "AnyBase", owner: str | None) -> "Lease[AnyAdapter]":
+        def load(reserve: Reserve) -> "Loaded[AnyAdapter]":
+            file = self._engine.find_adapter(source)
+            reserve(self._engine.adapter_bytes(file, base))
+            return self._engine.load_adapter(file, base, source.lora_scale)
+
+        return self.cache.lease(source, load, owner)
+
+    def _lease_decoder(self, folder: str) -> "Lease[Decoder]":
+        return self.cache.lease(folder, lambda reserve: self._engine.load_decoder(locate(folder)))
+
+
+def _made_at(file: Path) -> tuple[int, int] | None:
+    """Returns what tells a file from an older one of its name; None for no file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
