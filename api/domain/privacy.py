@@ -35,8 +35,8 @@ END_SECONDS = 10.0  # that jobs under way are given to stop
 ACCOUNT = ("id", "name", "login", "type", "disabled", "limits", "created_at")
 REQUEST = (
     "id", "status", "sensitive", "parameters", "tags", "category", "model_id", "webhook_url", "idempotency_key",
-    "priority", "attempt", "cache_hit", "lane", "timings", "warnings", "error_code", "error_detail", "error_hint",
-    "created_at", "started_at", "finished_at",
+    "priority", "deadline", "attempt", "cache_hit", "lane", "timings", "warnings", "error_code", "error_detail",
+    "error_hint", "created_at", "started_at", "finished_at",
 )  # fmt: skip
 USAGE = ("request_id", "images", "steps", "seconds", "cost", "created_at")
 
