@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from api import __version__, cli_delta, cli_users, cli_vault, serving
+from api import __version__, cli_delta, cli_train, cli_users, cli_vault, serving
 from api.cli_people import console, errors_for_people, to_people
 from api.config import DEFAULT_USER, Settings, load_settings
 from api.domain.accounts import check_host
@@ -39,6 +39,7 @@ app.add_typer(cli_users.keys, name="keys")
 app.add_typer(cli_users.audit, name="audit")
 app.add_typer(cli_vault.vault, name="vault")
 app.command("delta")(cli_delta.make_delta)
+app.command("train")(cli_train.train_sitter)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "fastapi")
 

@@ -186,6 +186,17 @@ class Settings(BaseSettings):
         description="What `preset: fast` draws with, by base (JSON: "
         '`{"models/demo": {"lora": "lcm.safetensors"}}`); a base that is not here has no such preset.',
     )
+    judges: dict[str, str] = Field(
+        default_factory=lambda: {"models/demo": "models/reader"},
+        description="Folder of the attribute reader that judges what was trained over a base (JSON); a base that is "
+        "not here has none, and likeness is not measured.",
+    )
+    training_share: float = Field(
+        default=0.25,
+        ge=0.01,
+        le=0.9,
+        description="Share of the device's time that trainings have while something is drawn; all of it otherwise.",
+    )
     host_cache_gb: float = Field(
         default=0.0,
         ge=0,
@@ -306,6 +317,14 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The database's URL; it may hold a password."""
         return self.database_url.get_secret_value() if self.database_url else f"sqlite:///{self.data_dir / 'sitter.db'}"
+
+    def owners(self) -> dict[str, str]:
+        """Returns model id → user, of the models that one user alone has, and whose base nobody else's LoRA is over."""
+        users: dict[str, set[str]] = {}
+        for user, source in self.user_models.items():
+            for one in {source.model_id, source.base}:
+                users.setdefault(one, set()).add(user)
+        return {one: user for one, (user, *others) in users.items() if not others and user != DEFAULT_USER}
 
     def fast_for(self, source: ModelSource) -> FastSource | None:
         """Returns what the model of `source` draws fast with, if that is given."""

@@ -143,6 +143,14 @@ class ModelUnavailable(SitterError):
     hint = "Run `sitter doctor` on the server: it says which models load, and why not."
 
 
+class TrainingFailed(SitterError):
+    """A training came to nothing."""
+
+    status = 422
+    code = "training_failed"
+    hint = "Try other pictures, fewer steps or another seed."
+
+
 class EngineUnavailable(SitterError):
     """The libraries or the driver that drawing needs do not start."""
 

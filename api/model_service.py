@@ -14,11 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from api.config import DEFAULT_USER, ModelSource, Settings
+from api.config import ModelSource, Settings
 from api.engine.cache import ModelCache
 from api.engine.shelf import LeasedModel, Shelf
 from api.engine.turns import Turns
@@ -28,6 +29,7 @@ from api.schemas import GenerateRequest, Lane, Timings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from api.engine.dreambooth import Lesson, OnReport, Trained
     from api.engine.engine import Engine
     from api.engine.pipeline import Drawing, OnStep, Step
 
@@ -95,6 +97,7 @@ class ModelService:
         self._started: Future[tuple[Engine, Shelf]] = self._starting.submit(_start, settings)
         self._stopping = threading.Event()
         self._turns = Turns(BASES_IN_USE)
+        self._owners = settings.owners()
         self._next_check = time.monotonic() + CHECK_SECONDS
 
     @property
@@ -184,6 +187,28 @@ class ModelService:
             raise EngineUnavailable(str(error))  # a fresh one: a traceback grows each time that it is raised
         self.engine.check_device()
 
+    def train(
+        self,
+        source: ModelSource,
+        lesson: "Lesson",
+        folder: Path,
+        report: "OnReport",
+        check: Callable[[], None] = lambda: None,
+    ) -> "Trained":
+        """Trains a sitter over the base of `source`, as `dreambooth.train` says. Blocks, for minutes.
+
+        Raises:
+            SitterError: the base is unavailable, the training failed, memory ran out, or the server stops.
+        """
+
+        def still_wanted() -> None:
+            self._raise_if_stopping()
+            check()
+
+        # Without a turn, which others would wait for: in use besides the bases that have theirs.
+        with self._shelf.lease(source.without_lora()) as model:
+            return self.engine.train(model.base, source, lesson, folder, report, still_wanted)
+
     def lease(self, source: ModelSource) -> AbstractContextManager[LeasedModel]:
         """Holds the model of `source` in memory inside the block; see `Shelf.lease`."""
         return self._shelf.lease(source)
@@ -216,11 +241,11 @@ class ModelService:
     ) -> _Drawn:
         found = self._shelf.find(source)
         found.check_size(request.width, request.height)
+        found.check_preset(request.preset)
         found.check_scheduler(request.scheduler)
         fast = self._settings.fast_for(self._settings.source_for(request.user_id)) if request.preset else None
         if request.preset and fast is None:
             raise ModelUnavailable("its model has no fast preset any more", "Ask again without a preset.")
-        owner = request.user_id if request.user_id in self._settings.user_models else None
         asked = time.perf_counter()
 
         def still_wanted() -> None:
@@ -235,7 +260,7 @@ class ModelService:
         with self._turns.turn(source.without_lora(), still_wanted):
             still_wanted()
             turn = time.perf_counter()
-            with self._shelf.lease(source, fast, None if owner == DEFAULT_USER else owner) as model:
+            with self._shelf.lease(source, fast, self._owners.get(source.model_id)) as model:
                 still_wanted()
                 leased = time.perf_counter()
                 drawing = self._shelf.retried_without_idle(

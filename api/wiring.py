@@ -13,7 +13,7 @@ from typing import TextIO, cast
 import structlog
 
 from api.config import Settings
-from api.domain import once, privacy
+from api.domain import deadlines, once, privacy
 from api.domain.accounts import Accounts
 from api.domain.generate import Studio
 from api.domain.library import keep_swept
@@ -107,6 +107,7 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
     deliverer = Deliverer(service.settings, service.database, service.vault, service.wake, service.metrics)
     chores: list[Chore] = [
         deliverer.run,
+        partial(deadlines.keep_giving_up, service.database, service.wake, service.metrics),
         partial(keep_swept, service.pictures, service.database),
         partial(once.keep_forgetting, service.database),
         partial(privacy.keep_forgetting, service.database, service.models),

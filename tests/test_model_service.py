@@ -610,3 +610,26 @@ def test_a_delta_over_a_base_that_was_trained_again_is_not_drawn(
     builders.save_pipeline(base, seed=4)
     service = open_service({"eva": eva})
     assert service.generate(builders.request(user_id="eva")).lane == "exact"
+
+
+def test_books_that_are_off_are_found_once_nobody_draws_and_made_anew(
+    service: ModelService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.model_service.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(service, "_next_check", 0.0)
+    picture = draw(service, "ada")
+    loads = service.cache.count()
+    service.cache._used["cpu"] += 1
+    assert difference(draw(service, "ada"), picture) <= ROUNDING  # the picture is not lost by it
+    assert service.cache.count() == 0
+    service.cache.check()
+    assert difference(draw(service, "ada"), picture) <= ROUNDING
+    assert service.cache.count() == loads
+
+
+def test_models_that_others_have_too_are_nobodys_own(base_folder: Path) -> None:
+    shared, own = builders.source(base_folder, lora="shared"), builders.source("own", lora="adas")
+    settings = builders.settings({"default": builders.source(base_folder), "ada": own, "bo": shared, "eve": shared})
+    owners = settings.owners()
+    assert (owners["adas"], owners["own"]) == ("ada", "ada")
+    assert not {"shared", str(base_folder)} & owners.keys()

@@ -14,7 +14,8 @@ from training.unet import GUIDANCE, NOISE
 
 # Private keys of the scheduler's configuration, which diffusers keeps: whoever calls the pipeline passes the first as
 # its `guidance_rescale`, whoever trains an adapter takes the loss at the second (see unet.py), and whoever wants
-# another size draws with the third as the shorter side and scales the picture.
+# another size draws with the third as the shorter side and scales the picture. The others are how sitters of it are
+# trained: the learning rate, the steps, and the pictures of the sitter and of the class in a batch.
 GUIDANCE_RESCALE = 0.2
 SHORTER_SIDE = 512
 
@@ -22,7 +23,13 @@ SHORTER_SIDE = 512
 def make_scheduler() -> DPMSolverMultistepScheduler:
     scheduler = DPMSolverMultistepScheduler(**NOISE, algorithm_type="dpmsolver++", solver_order=2)
     scheduler.register_to_config(
-        _guidance_rescale=GUIDANCE_RESCALE, _training_guidance=GUIDANCE, _shorter_side=SHORTER_SIDE
+        _guidance_rescale=GUIDANCE_RESCALE,
+        _training_guidance=GUIDANCE,
+        _shorter_side=SHORTER_SIDE,
+        _training_rate=2.5e-3,
+        _training_steps=200,
+        _training_own=6,
+        _training_prior=2,
     )
     return scheduler
 

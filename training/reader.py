@@ -14,35 +14,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from api.engine.reader import Reader as Net
 from training.common import Pace, autocast, descend, save, set_rate, to_tensor
 from training.portrait import render
 from training.text import labels
 from training.world import ATTRIBUTES, Spec, held_out_spec, random_spec
 
-_VIEW = 96
-_CHANNELS = (24, 48, 72, 96, 96)
 
-
-class Reader(nn.Module):
-    """(n, 3, 256, 256) in [-1, 1] to logits by attribute, from two views: the whole picture and the head."""
+class Reader(Net):
+    """The reader of every attribute of the bundled world."""
 
     def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for narrow, wide in zip((3, *_CHANNELS), _CHANNELS, strict=False):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
-        self.trunk = nn.Sequential(*layers)
-        side = _VIEW // 2 ** len(_CHANNELS)
-        self.join = nn.Linear(2 * _CHANNELS[-1] * side * side, 160)
-        self.heads = nn.ModuleDict({key: nn.Linear(160, len(values)) for key, values in ATTRIBUTES.items()})
-
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        views = (pictures, pictures[:, :, 12:188, 40:216])
-        features = [self.trunk(F.interpolate(view, size=(_VIEW, _VIEW), mode="area")).flatten(1) for view in views]
-        joined = F.silu(self.join(torch.cat(features, dim=1)))
-        return {key: head(joined) for key, head in self.heads.items()}
+        super().__init__({key: len(values) for key, values in ATTRIBUTES.items()})
 
     @torch.no_grad()
     def read(self, pictures: Sequence[NDArray[np.uint8]]) -> list[dict[str, str]]:

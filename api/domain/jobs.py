@@ -112,7 +112,8 @@ async def _next(
 ) -> _Found | None:
     """Returns the job whose turn it is with its user's limits, and moves virtual time to the head of the queue."""
     queued = select(Request, User.limits).join(User, User.id == Request.user_id)
-    queued = queued.where(QUEUED, Request.user_id.not_in(capped))
+    in_time = or_(Request.deadline.is_(None), Request.deadline > now())
+    queued = queued.where(QUEUED, Request.user_id.not_in(capped), in_time)
     take = queued.order_by(*ORDER).limit(1).with_for_update(of=Request, skip_locked=True)
     found: _Found | None = (await session.execute(take)).one_or_none()
     if found is None:

@@ -246,6 +246,7 @@ def describe(vault: Vault, caller: Caller, image: tables.Image, request: Request
             num_inference_steps=request.parameters.get("num_inference_steps"),
             guidance_scale=request.parameters.get("guidance_scale"),
             scheduler=request.parameters.get("scheduler"),
+            preset=request.parameters.get("preset"),
             seed=image.seed,
         ),
         category=image.category,

@@ -18,7 +18,7 @@ from anyio import CapacityLimiter
 from api.config import Settings
 from api.domain import jobs
 from api.domain.crashes import Watchman, crashed
-from api.domain.deadlines import give_up, passed, too_late
+from api.domain.deadlines import passed, too_late
 from api.domain.generate import Studio, draw, forget_earlier_attempts, save
 from api.domain.jobs import Claim, Finished, Progress
 from api.domain.library import delete_unknown
@@ -134,7 +134,6 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beat_forever())
             group.create_task(self._watch_forever())
-            group.create_task(self._give_up_forever())
             group.create_task(self._claim_forever(slots))
 
     async def stop(self, seconds: float) -> None:
@@ -314,15 +313,6 @@ class Worker:
                     self._wake.wake(job_id)
                 if taken:
                     self._wake.wake(Wake.QUEUE)
-
-    async def _give_up_forever(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            with _going_on():
-                for job_id in await give_up(self._database):
-                    self._metrics.job_ended("failed", code=DeadlinePassed.code)
-                    self._wake.wake(job_id)
-                    self._wake.wake(Wake.WEBHOOKS)
 
 
 def _reason_to_stop(claim: Claim, cancelled: Collection[str]) -> Exception | None:

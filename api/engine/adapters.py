@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -28,6 +28,11 @@ Layer: TypeAlias = nn.Linear | nn.Conv2d
 Norm: TypeAlias = nn.GroupNorm | nn.LayerNorm
 Module = TypeVar("Module", bound=nn.Module)
 COMPONENTS = ("unet", "text_encoder")
+Group = Literal["lora", "delta", "fast"]
+"""What an adapter is: a user's LoRA, what stands for a whole checkpoint, or either with what its base draws fast with.
+
+Apart, because the last two change every layer: rows that carry a small LoRA shall not pay for that.
+"""
 
 # (ending of a key, which factor it is); the first three styles also name the layer by dots, kohya by underscores.
 ENDINGS = (
@@ -130,12 +135,19 @@ def _sum(parameter: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 class Adapter:
     """A LoRA, checked against its base: every layer exists there and every product has its weight's shape.
 
-    `of_checkpoint` says that it stands for a whole model; `key` names it where it is not to be kept alive.
+    `of_checkpoint` says that it stands for a whole model, `fast` that it has in it what its base draws few steps with;
+    `key` names it where it is not to be kept alive.
     """
 
     deltas: tuple[Delta, ...]
     of_checkpoint: bool = False
+    fast: bool = False
     key: object = field(default_factory=object)
+
+    @property
+    def group(self) -> Group:
+        """Which others it shares forwards with."""
+        return "fast" if self.fast else "delta" if self.of_checkpoint else "lora"
 
     def of(self, component: str) -> dict[str, Delta]:
         """Returns what it changes in a component, by the layer's name."""
@@ -304,7 +316,7 @@ def _delta(
     if bias is not None:
         bias = strength * bias
     if not {"A", "B"} & roles.keys() and bias is not None:
-        down, up = (module.weight.new_zeros(shape) for shape in ((0, *module.weight.shape[1:]), (len(bias), 0)))
+        down, up = (torch.zeros(shape) for shape in ((0, *module.weight.shape[1:]), (len(bias), 0)))
         return LayerDelta(component, name, down, up, 1.0, bias)
     if not {"A", "B"} <= roles.keys():
         raise ModelUnavailable(f"the adapter has one of the two factors of {name} only", "The file is incomplete.")

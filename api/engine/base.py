@@ -4,7 +4,7 @@ import math
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from api.engine.adapters import Adapter
+from api.engine.adapters import Adapter, Group
 from api.engine.slots import Slots
 from api.engine.texts import Texts
 
@@ -23,15 +23,17 @@ class Base:
     Args:
         pipeline: as it was loaded.
         slots: how many adapters its UNet holds at once.
-        compiled: whether its UNet is; not in copies for one adapter, or for those that stand for checkpoints.
+        compiled: whether its UNet is; not in copies for one adapter, or for those that change every layer.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, slots: int, compiled: bool = False) -> None:
         self.pipeline = pipeline
         self.unet = Slots(pipeline.unet, "unet", slots, compiled=compiled)
-        # Apart, as they change every layer: rows that carry a small LoRA shall not pay for that. And few, as a slot of
-        # theirs takes many times as much.
-        self._checkpoints = Slots(pipeline.unet, "unet", max(1, slots // 2))
+        # Few, as a slot of theirs takes many times as much.
+        self._large: dict[Group, Slots] = {
+            "delta": Slots(pipeline.unet, "unet", max(1, slots // 2)),
+            "fast": Slots(pipeline.unet, "unet", max(1, slots // 2)),
+        }
         self.texts = Texts(pipeline)
 
     @property
@@ -48,7 +50,7 @@ class Base:
 
     def shared_unet(self, adapter: Adapter | None) -> Slots:
         """Returns the copy of the UNet that an adapter shares with others of its kind."""
-        return self._checkpoints if adapter is not None and adapter.of_checkpoint else self.unet
+        return self.unet if adapter is None else self._large.get(adapter.group, self.unet)
 
     def own_unet(self) -> Slots:
         """Returns a copy of the UNet's tree for one adapter of any rank, which nobody else has been in."""
@@ -57,15 +59,19 @@ class Base:
     @property
     def slot_bytes(self) -> int:
         """Returns what the slots take beside the weights."""
-        return self.unet.nbytes + self._checkpoints.nbytes + self.texts.slot_bytes
+        return sum(slots.nbytes for slots in self._unets()) + self.texts.slot_bytes
 
     def check(self) -> None:
         """Raises AccountingOff when a slot is lost, or two adapters are said to be in one."""
-        for slots in (self.unet, self._checkpoints, self.texts):
+        self.texts.check()
+        for slots in self._unets():
             slots.check()
 
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter wherever a copy of it is."""
-        for slots in (self.unet, self._checkpoints):  # its combinations may be where it is not
-            slots.drop(adapter)
         self.texts.drop(adapter)
+        for slots in self._unets():  # its combinations may be where it is not
+            slots.drop(adapter)
+
+    def _unets(self) -> list[Slots]:
+        return [self.unet, *self._large.values()]

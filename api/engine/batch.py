@@ -15,7 +15,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import structlog
 import torch
@@ -30,9 +30,11 @@ from api.errors import BadPicture, ShuttingDown
 
 T = TypeVar("T")
 
+_Work: TypeAlias = tuple[Future[Any], Callable[[], Any]]
 log = structlog.get_logger()
 
 TURN_SECONDS = 1.0
+MOST_CREDIT = 1.0  # seconds that what runs behind may save up
 
 
 class Batch:
@@ -43,6 +45,7 @@ class Batch:
         free_memory: hands memory that nothing refers to back to the device.
         knee: finds out how many rows pay; None for as many as there are.
         takes_work: whether `run` has things done on the loop's thread, see `threads`.
+        share: of the time, that what runs behind has while there are tasks.
     """
 
     def __init__(
@@ -51,9 +54,13 @@ class Batch:
         free_memory: Callable[[], None] = lambda: None,
         knee: Knee | None = None,
         takes_work: bool = False,
+        share: float = 0.0,
     ) -> None:
         self._takes_work = takes_work
-        self._work: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._share = share
+        self._credit = 0.0  # seconds that what runs behind may take while there are tasks
+        self._work: deque[_Work] = deque()
+        self._behind_tasks: deque[_Work] = deque()
         self._most_rows = most_rows
         self._knee = knee
         self._free_memory = free_memory
@@ -106,13 +113,25 @@ class Batch:
             ShuttingDown: the server stops.
             Exception: what `action` raises.
         """
-        if not self._takes_work:
-            return action()
+        return self._wait_for(self._work, action) if self._takes_work else action()
+
+    def run_behind(self, action: Callable[[], T]) -> T:
+        """Returns what `action` does, on the loop's thread; while there are tasks it waits for a share of the time.
+
+        Blocks; not for the loop's thread.
+
+        Raises:
+            ShuttingDown: the server stops.
+            Exception: what `action` raises.
+        """
+        return self._wait_for(self._behind_tasks, action)
+
+    def _wait_for(self, queue: "deque[_Work]", action: Callable[[], T]) -> T:
         done = Future[T]()
         with self._changed:
             if self._stopping:
                 raise ShuttingDown("the server is stopping")
-            self._work.append((done, action))
+            queue.append((done, action))
             self._changed.notify()
         try:
             return done.result()
@@ -131,19 +150,16 @@ class Batch:
             with self._changed:
                 if not self._tasks:
                     self._most_cost = math.inf  # whoever comes next may find more memory
-                self._changed.wait_for(lambda: self._tasks or self._work or self._stopping)
+                self._changed.wait_for(lambda: self._tasks or self._work or self._behind_tasks or self._stopping)
                 if self._stopping:
                     self._end(self._tasks, ShuttingDown("the server is stopping"))
-                    for done, _ in self._work:
+                    for done, _ in (*self._work, *self._behind_tasks):
                         done.set_exception(ShuttingDown("the server is stopping"))
                     return
             self._turn_once()  # whose locals keep nothing alive while the loop waits
 
     def _turn_once(self) -> None:
-        with self._changed:
-            work = self._work.popleft() if self._work else None
-        if work is not None:  # one thing, then a step: neither holds the other up for long
-            settle(*work)
+        self._do_work()
         with self._changed:
             waiting = list(self._tasks)
         try:
@@ -154,6 +170,20 @@ class Batch:
         except Exception as error:  # a fault of ours: nobody shall wait for ever, and the next may fare better
             self._end(waiting, error)
             self._forget_ended()
+
+    def _do_work(self) -> None:
+        """Does one thing of those that wait: then comes a step, so that neither holds the other up for long."""
+        with self._changed:
+            if self._work:
+                work, behind = self._work.popleft(), False
+            elif self._behind_tasks and (not self._tasks or self._credit > 0):
+                work, behind = self._behind_tasks.popleft(), True
+            else:
+                return
+        began = time.perf_counter()
+        settle(*work)
+        if behind:
+            self._credit -= time.perf_counter() - began if self._tasks else max(0.0, self._credit)
 
     def _schedule(self, waiting: list[Task]) -> list[Task]:
         """Returns the tasks of the next step: of one kind, least served users first, as many as fit."""
@@ -225,6 +255,7 @@ class Batch:
                 self._run([task])
 
     def _move_on(self, tasks: Sequence[Task], states: Sequence[Tensor], seconds: float) -> None:
+        self._credit = min(MOST_CREDIT, self._credit + seconds * self._share / (1 - self._share))
         rows = sum(task.rows for task in tasks)
         a_row = seconds / rows
         if self._knee is not None:

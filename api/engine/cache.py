@@ -2,8 +2,8 @@
 
 Who leaves first is GreedyDual-Size-Frequency (Cherkasova 1998, https://www.hpl.hp.com/techreports/98/HPL-98-69R1.html):
 a model is worth its uses × the seconds that a load takes ÷ the bytes that it holds, above what the last one to leave
-was worth, so that old fame fades. Among equals the least recently used leaves. But an owner who holds more than a
-share of the memory makes room among their own first, so that nobody flushes everybody else's models out.
+was worth, so that old fame fades. Among equals the least recently used leaves. But models of an owner who holds more
+than a share of the memory leave before all others, so that nobody flushes everybody else's models out.
 
 Free of torch. What is cached is anything that can name its storages: `sizes` maps a storage's identity to
 `(device, bytes)`, so tensors that two models share are counted once, and freed with the last of them.
@@ -169,18 +169,28 @@ class ModelCache(Generic[T]):
                     "Raise HOST_CACHE_GB or GPU_CACHE_GB, or use a smaller model.",
                 )
             with self._forgetting():
+                if self._used[device] + wanted <= budget:
+                    continue
                 idle = [entry for entry in self._entries.values() if entry.users == 0 and device in entry.devices]
-                greedy = owner is not None and self._owned(owner, device) + wanted > OWNER_SHARE * budget
-                # Stable: among equals the least recently used comes first.
-                idle.sort(key=lambda entry: (not (greedy and entry.owner == owner), entry.worth))
-                for entry in idle:
-                    if self._used[device] + wanted <= budget:
-                        break
-                    self._least_worth = max(self._least_worth, entry.worth)
+                owned = self._owned(device)
+                owned[owner] += wanted
+                while idle and self._used[device] + wanted > budget:
+                    greedy = {one for one, size in owned.items() if one is not None and size > OWNER_SHARE * budget}
+                    # The first of equals: the least recently used one.
+                    entry = min(idle, key=lambda entry: (entry.owner not in greedy, entry.worth))
+                    if entry.owner not in greedy:
+                        self._least_worth = max(self._least_worth, entry.worth)
+                    idle.remove(entry)
+                    owned[entry.owner] -= entry.added_bytes
                     self._forget(entry)
 
-    def _owned(self, owner: str, device: str) -> int:
-        return sum(entry.added_bytes for entry in self._held if entry.owner == owner and device in entry.devices)
+    def _owned(self, device: str) -> Counter[str | None]:
+        """Returns by owner the bytes that loading their models has added."""
+        owned: Counter[str | None] = Counter()
+        for entry in self._held:
+            if device in entry.devices and not entry.stale:
+                owned[entry.owner] += entry.added_bytes
+        return owned
 
     def _value(self, entry: _Entry[T]) -> None:
         """Says anew what keeping the model saves."""
@@ -248,6 +258,16 @@ class ModelCache(Generic[T]):
                 total[device] += size
             if +self._used != +total:
                 raise AccountingOff(f"{dict(self._used)} bytes are said to be used, {dict(total)} are")
+
+    def recount(self) -> None:
+        """Makes the books anew from what is held."""
+        with self._lock:
+            self._storages, self._used = {}, Counter()
+            for entry in self._held:
+                for storage, (device, size) in entry.future.result().sizes.items():
+                    held = self._storages.get(storage, (device, size, 0))[2]
+                    self._storages[storage] = (device, size, held + 1)
+                    self._used[device] += 0 if held else size
 
     def _describe(self, entry: _Entry[T]) -> EntryInfo:
         sizes = entry.future.result().sizes

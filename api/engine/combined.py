@@ -18,21 +18,24 @@ class _Combination:
     parts: tuple[tuple[object, float], ...]
 
 
-def combined(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+def combined(parts: Sequence[tuple[Adapter, float]], fast: bool = False) -> Adapter:
     """Returns the adapter that changes a base as all of `parts` do, each counted by its weight.
 
     Args:
         parts: one or more, all checked against the same base.
+        fast: whether one of them is what the base draws few steps with.
     """
-    if len(parts) == 1 and parts[0][1] == 1.0:
-        return parts[0][0]
     layers: dict[tuple[str, str], list[tuple[Delta, float]]] = {}
     for adapter, weight in parts:
         for delta in adapter.deltas:
             layers.setdefault((delta.component, delta.layer), []).append((delta, weight))
-    key = _Combination(tuple((adapter.key, weight) for adapter, weight in parts))
     deltas = tuple(_sum(weighted) for weighted in layers.values())
-    return Adapter(deltas, any(adapter.of_checkpoint for adapter, _ in parts), key)
+    return Adapter(deltas, any(adapter.of_checkpoint for adapter, _ in parts), fast, name_of(parts))
+
+
+def name_of(parts: Sequence[tuple[Adapter, float]]) -> object:
+    """Returns the key of what `combined` makes of these."""
+    return _Combination(tuple((adapter.key, weight) for adapter, weight in parts))
 
 
 def is_made_of(key: object, part: object) -> bool:

@@ -130,9 +130,11 @@ def load_decoder(folder: Path, placement: Placement) -> AutoencoderTiny:
         config = folder / "config.json"
         if not config.is_file() or json.loads(config.read_bytes()).get("_class_name") != "AutoencoderTiny":
             raise ModelUnavailable(f"{folder.name} is no AutoencoderTiny", "Check FAST_MODELS.")
-        decoder = AutoencoderTiny.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        decoder, report = AutoencoderTiny.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+        if lacking := sorted(report["missing_keys"]):
+            raise ModelUnavailable(f"{folder.name} has no {lacking[0]}", "Copy or download it again.")
         decoder.requires_grad_(False).eval().to(placement.device, placement.vae_dtype)
         return decoder.to(memory_format=torch.channels_last)
 

@@ -1,6 +1,7 @@
 """Engine: one device. It loads bases and adapters for the cache and draws with them; the service knows only this."""
 
 import gc
+import hashlib
 import math
 import threading
 import time
@@ -25,10 +26,12 @@ from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.cache import Loaded
-from api.engine.combined import combined
+from api.engine.combined import combined, name_of
+from api.engine.dreambooth import Check, Lesson, OnReport, Trained, train
 from api.engine.knee import Knee
 from api.engine.pipeline import Drawing, OnStep, draw, draw_stock, drawn_size
 from api.engine.preview import fitted
+from api.engine.reader import load_reader
 from api.engine.shelf import LeasedModel
 from api.engine.sources import FoundBase
 from api.engine.stock import StockBase
@@ -70,8 +73,14 @@ class Engine:
             torch.set_num_threads(settings.cpu_threads)
         self._bases: weakref.WeakSet[Base] = weakref.WeakSet()  # those with slots
         self._counting = threading.Lock()  # of them
+        self._combinations: weakref.WeakValueDictionary[object, Adapter] = weakref.WeakValueDictionary()
+        self._combining = threading.Lock()
         self._batch = Batch(
-            settings.batch_rows, self.free_memory, Knee(settings.batch_rows), takes_work=self.device == "cpu"
+            settings.batch_rows,
+            self.free_memory,
+            Knee(settings.batch_rows),
+            takes_work=self.device == "cpu",
+            share=settings.training_share,
         )
 
     @property
@@ -232,23 +241,37 @@ class Engine:
 
         return Loaded(adapter, weights.storages_of(adapter.tensors()), drop)
 
-    def combine(self, adapters: Sequence[AnyAdapter]) -> AnyAdapter | None:
-        """Returns one adapter that does what all of these do, which are of one base; None for none.
+    def combine(self, adapters: Sequence[Adapter]) -> Adapter:
+        """Returns one adapter that does what all of these do, the last of which is what their base draws fast with.
 
-        Raises:
-            ModelUnavailable: the base takes one alone.
+        Raises OutOfMemory.
         """
-        if len(adapters) < 2:
-            return adapters[0] if adapters else None
-        for_slots = [adapter for adapter in adapters if isinstance(adapter, Adapter)]
-        if len(for_slots) < len(adapters):
-            raise ModelUnavailable("this base takes one LoRA at a time", "Several at once are for Stable Diffusion.")
-        return combined([(adapter, 1.0) for adapter in for_slots])
+        parts = [(adapter, 1.0) for adapter in adapters]
+        with self._combining:
+            known = self._combinations.get(name_of(parts))
+            if known is None:
+                with self._told_apart():
+                    known = in_own_thread(partial(combined, parts, fast=True))
+                self._combinations[known.key] = known
+        return known
 
-    def load_decoder(self, folder: Path) -> Loaded[Decoder]:
-        """Returns the tiny autoencoder in `folder`. Raises ModelUnavailable, OutOfMemory or DeviceLost."""
+    def decoder_bytes(self, folder: Path) -> dict[str, int]:
+        """Returns device → bytes that loading the tiny autoencoder in `folder` takes."""
+        return {self.device: sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+
+    def load_decoder(self, folder: Path, base: AnyBase) -> Loaded[Decoder]:
+        """Returns the tiny autoencoder in `folder`, for that base.
+
+        Raises ModelUnavailable, OutOfMemory or DeviceLost.
+        """
         with self._told_apart():
             decoder = in_own_thread(partial(components.load_decoder, folder, self._placement))
+        theirs, ours = base.pipeline.vae.config, decoder.config
+        if (theirs.latent_channels, len(theirs.block_out_channels)) != (
+            ours.latent_channels,
+            len(ours.decoder_block_out_channels),
+        ):
+            raise ModelUnavailable(f"{folder.name} decodes other latents than this base's", "Check FAST_MODELS.")
         return Loaded(decoder, weights.storages_of(weights.tensors_of(decoder)))
 
     def draw(
@@ -270,6 +293,22 @@ class Engine:
                 return draw_stock(base, adapter, request, seed, on_step, check)
             assert not isinstance(adapter, StockAdapter)
             return draw(base, adapter, request, seed, self._batch, on_step, check, model.decoder)
+
+    def train(
+        self, base: AnyBase, source: ModelSource, lesson: Lesson, folder: Path, report: OnReport, check: Check
+    ) -> Trained:
+        """Trains a sitter over `base`, which is that of `source`, behind what others draw; see `dreambooth.train`.
+
+        Raises ModelUnavailable, OutOfMemory and DeviceLost besides.
+        """
+        if not isinstance(base, Base):
+            raise ModelUnavailable("this base cannot be trained over", "Only Stable Diffusion 1 and 2 can.")
+        judge = self._settings.judges.get(source.base)
+        mark = hashlib.sha256(f"{deltas.fingerprint(self.find_base(source))} {lesson.noun}".encode()).hexdigest()
+        prior = self._settings.data_dir / "priors" / f"{mark[:32]}.safetensors"
+        with self._told_apart():
+            reader = self._batch.run_behind(partial(load_reader, locate(judge))) if judge else None
+            return train(base, self._batch, lesson, folder, prior, reader, report, check)
 
     def close(self) -> None:
         """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ class Finder:
 
     def __init__(self, find: "Callable[[ModelSource], FoundBase]") -> None:
         self._find = find
-        self._known: dict[ModelSource, FoundBase | _Failure] = {}
+        self._known: dict[Hashable, FoundBase | _Failure] = {}
         self._finding: dict[ModelSource, threading.Lock] = {}
 
     def find(self, source: ModelSource) -> "FoundBase":
@@ -43,29 +43,30 @@ class Finder:
         """
         base = source.without_lora()
         with self._finding.setdefault(base, threading.Lock()):
-            self._recall(source)
-            if found := self._recall(base):
+            self.recall(source)
+            if found := self.recall(base):
                 return found
             with self.remembering_failure(base):
                 found = self._known[base] = self._find(base)
             return found
 
     @contextmanager
-    def remembering_failure(self, source: ModelSource) -> Iterator[None]:
-        """Remembers that `source` was unavailable in the block, so that the next request is told at once."""
+    def remembering_failure(self, model: Hashable) -> Iterator[None]:
+        """Remembers that `model` was unavailable in the block, so that the next request is told at once."""
         try:
             yield
         except ModelUnavailable as error:
             # The words alone: an exception holds the frames that it passed, and the tensors in them.
-            self._known[source] = _Failure(error.detail, error.hint, time.monotonic() + FAILURE_MEMORY_SECONDS)
+            self._known[model] = _Failure(error.detail, error.hint, time.monotonic() + FAILURE_MEMORY_SECONDS)
             raise
 
     def clear(self) -> None:
         """Forgets every base and every failure."""
         self._known.clear()
 
-    def _recall(self, source: ModelSource) -> "FoundBase | None":
-        known = self._known.get(source)
+    def recall(self, model: Hashable) -> "FoundBase | None":
+        """Returns where a base is, if that is known. Raises ModelUnavailable for what failed a short while ago."""
+        known = self._known.get(model)
         if not isinstance(known, _Failure):
             return known
         if time.monotonic() < known.until:

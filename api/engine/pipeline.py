@@ -127,7 +127,7 @@ def draw(
         else:
             denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped, check)
         done = time.perf_counter()
-        images, decode_seconds = batch.run(partial(_decode_timed, pipeline, decoder or pipeline.vae, denoised.latents))
+        images, decode_seconds = batch.run(partial(_decode_timed, pipeline, decoder, denoised.latents))
     return Drawing(
         [sized(image, request.width, request.height) for image in images],
         denoised.lane,
@@ -136,6 +136,22 @@ def draw(
         decode_seconds,
         _unread(base.texts.beyond, request),
     )
+
+
+def latents_of(base: Base, request: GenerateRequest, batch: Batch, check: Callable[[], None]) -> Tensor:
+    """Returns what the base alone denoises for `request`: (pictures, channels, h/f, w/f) float32.
+
+    Raises:
+        ModelUnavailable: the step loop cannot draw with this base.
+        BadPicture: they are not finite.
+    """
+    schedule = _schedule(base, request)
+    if schedule is None:
+        raise ModelUnavailable("the step loop cannot draw with this base", "Only Stable Diffusion can be trained.")
+    with torch.inference_mode():
+        return _in_batch(
+            base, None, request, request.seed or 0, schedule, batch, lambda done, of, latents: None, check
+        ).latents
 
 
 def draw_stock(
@@ -315,11 +331,13 @@ def _decode_timed(pipeline: StableDiffusionPipeline, vae: Any, latents: Tensor) 
     """Returns the pictures, and the seconds that they took."""
     with _decoding:
         began = time.perf_counter()
-        return _decode(pipeline, vae, latents), time.perf_counter() - began
+        return decode(pipeline, latents, vae), time.perf_counter() - began
 
 
-def _decode(pipeline: StableDiffusionPipeline, vae: Any, latents: Tensor) -> list[Image.Image]:
-    """Returns the pictures that `vae` makes of `latents` (pictures, channels, h/f, w/f)."""
+@torch.inference_mode()
+def decode(pipeline: StableDiffusionPipeline, latents: Tensor, decoder: Any = None) -> list[Image.Image]:
+    """Returns the pictures that `decoder`, or the pipeline's own, makes of `latents` (pictures, channels, h/f, w/f)."""
+    vae = decoder or pipeline.vae
     if not torch.isfinite(latents).all():
         raise BadPicture(LOST)
     scaled = latents.to(vae.dtype) / vae.config.scaling_factor

@@ -1,6 +1,6 @@
 """The shelf: users' models in memory, and what is leased for a drawing. Free of torch."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,7 @@ class Shelf:
             self._engine.check_slots()
         except AccountingOff as error:
             log.error("accounting_off", reason=str(error))
+            self.cache.recount()
             self.clear()  # whatever it was, it is not carried on
 
     def _all_of(self, sources: Collection[ModelSource]) -> set[ModelSource]:
@@ -143,23 +144,24 @@ class Shelf:
         base_owner = owner if source.lora is None else None
         held = [self._held(base_source, leases, lambda: self._lease_base(base_source, found, base_owner))]
         base = held[0].value
+        if source.lora is not None:
+            held.append(self._held(source, leases, lambda: self._lease_adapter(source, base, owner)))
+        if fast is not None and fast.lora is not None:
+            few = base_source.model_copy(update={"lora": fast.lora})
+            held.append(self._held(few, leases, lambda: self._lease_adapter(few, base, None)))
+        adapters, decoder = [lease.value for lease in held[1:]], None
+        if fast is not None and (folder := fast.decoder) is not None:
+            held.append(self._held(("decoder", folder), leases, lambda: self._lease_decoder(locate(folder), base)))
+            decoder = held[-1].value
+        adapter = adapters[0] if adapters else None
+        if fast is not None and fast.lora is not None:
+            adapter = self.retried_without_idle(lambda: self._engine.combine(adapters))
+        return LeasedModel(base, adapter, all(lease.hit for lease in held), decoder)
 
-        def adapter(one: ModelSource, whose: str | None) -> "AnyAdapter":
-            held.append(self._held(one, leases, lambda: self._lease_adapter(one, base, whose)))
-            found: AnyAdapter = held[-1].value
-            return found
-
-        adapters = [adapter(source, owner)] if source.lora else []
-        if fast is not None and fast.lora:
-            adapters.append(adapter(base_source.model_copy(update={"lora": fast.lora}), None))
-        if fast is not None and (folder := fast.decoder):
-            held.append(self._held(ModelSource(base=folder), leases, lambda: self._lease_decoder(folder)))
-        decoder = held[-1].value if fast is not None and fast.decoder else None
-        return LeasedModel(base, self._engine.combine(adapters), all(lease.hit for lease in held), decoder)
-
-    def _held(self, source: ModelSource, leases: ExitStack, lease: "Callable[[], Lease[Any]]") -> "Lease[Any]":
-        """Returns the lease, which ends with `leases`; remembers that `source` failed."""
-        with self._finder.remembering_failure(source):
+    def _held(self, model: Hashable, leases: ExitStack, lease: "Callable[[], Lease[Any]]") -> "Lease[Any]":
+        """Returns the lease, which ends with `leases`; remembers that `model` failed."""
+        self._finder.recall(model)
+        with self._finder.remembering_failure(model):
             held = self.retried_without_idle(lease)
         leases.callback(held.release)
         return held
@@ -179,8 +181,12 @@ class Shelf:
 
         return self.cache.lease(source, load, owner)
 
-    def _lease_decoder(self, folder: str) -> "Lease[Decoder]":
-        return self.cache.lease(folder, lambda reserve: self._engine.load_decoder(locate(folder)))
+    def _lease_decoder(self, folder: Path, base: "AnyBase") -> "Lease[Decoder]":
+        def load(reserve: Reserve) -> "Loaded[Decoder]":
+            reserve(self._engine.decoder_bytes(folder))
+            return self._engine.load_decoder(folder, base)
+
+        return self.cache.lease(folder, load)
 
 
 def _made_at(file: Path) -> tuple[int, int] | None:

@@ -70,6 +70,11 @@ class FoundBase:
             f"this model cannot draw with the scheduler {name}", f"Leave it out: the model has its own.{others}"
         )
 
+    def check_preset(self, name: str | None) -> None:
+        """Raises InvalidRequest when a model of this kind has no such preset, whatever FAST_MODELS says."""
+        if name is not None and self.pipeline != STABLE_DIFFUSION:
+            raise InvalidRequest("presets are for Stable Diffusion 1 and 2, and this model is another", "Leave it out.")
+
 
 def find_base(source: ModelSource, settings: Settings) -> FoundBase:
     """Returns the base on this disk; what is on the hub is downloaded first.

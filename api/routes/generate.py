@@ -28,7 +28,7 @@ from api.wiring import Service
 router = APIRouter(tags=["Pictures"], dependencies=[Depends(require("draw"))])
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    **error_responses(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 507),
+    **error_responses(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504, 507),
     202: {"model": Job, "description": "Accepted, with `Prefer: respond-async`: look at /jobs/{id}."},
 }
 Prefer = Annotated[

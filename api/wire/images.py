@@ -16,6 +16,7 @@ class ImageParameters(BaseModel):
     num_inference_steps: int | None = Field(description="Denoising steps.", examples=[30])
     guidance_scale: float | None = Field(description="How strictly it follows the prompt.", examples=[7.5])
     scheduler: Scheduler | None = Field(description="The sampler; null was the model's own.", examples=["dpmpp_2m"])
+    preset: str | None = Field(description="The preset that it was drawn with.", examples=[None])
     seed: int = Field(description="The seed that draws it again.", examples=[42])
 
 

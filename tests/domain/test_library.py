@@ -96,7 +96,7 @@ async def test_a_record_says_how_the_picture_was_made(gallery: Gallery) -> None:
         "model_id": "models/demo",
         "parameters": {
             "width": 512, "height": 512, "num_inference_steps": 30, "guidance_scale": 7.5, "scheduler": None,
-            "seed": 42,
+            "preset": None, "seed": 42,
         },
         "category": "portrait",
         "tags": ["a", "b"],

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from api.engine.adapters import Adapter, LayerDelta, load_adapter
+from api.engine.adapters import Adapter, LayerDelta, NormDelta, load_adapter
 from api.engine.combined import combined, is_made_of
 from api.engine.slots import Slots
 from tests import builders
@@ -92,6 +92,19 @@ def test_a_combination_leaves_with_each_of_its_parts(
     assert not is_made_of(adapters[0].key, adapters[1].key)
 
 
-def test_one_alone_at_full_weight_is_itself(adapters: list[Adapter]) -> None:
-    assert combined([(adapters[0], 1.0)]) is adapters[0]
-    assert combined([(adapters[0], 0.5)]).key == combined([(adapters[0], 0.5)]).key != adapters[0].key
+def test_biases_and_norms_add_up(pipeline: StableDiffusionPipeline) -> None:
+    norm, layer = "mid_block.attentions.0.norm", builders.LINEAR
+    ones, bias = torch.ones(16), torch.arange(8.0)
+    none = (torch.zeros(0, 8), torch.zeros(8, 0))
+    parts = [
+        Adapter((NormDelta("unet", norm, ones, 2 * ones), LayerDelta("unet", layer, *none, 1.0, bias))),
+        Adapter((NormDelta("unet", norm, ones, -ones), LayerDelta("unet", layer, *none, 1.0, bias))),
+    ]
+    both = combined([(parts[0], 1.0), (parts[1], 0.5)]).of("unet")
+    changed, linear = both[norm], both[layer]
+    assert isinstance(changed, NormDelta)
+    assert isinstance(linear, LayerDelta)
+    assert torch.equal(changed.weight, 1.5 * ones)
+    assert torch.equal(changed.bias, 1.5 * ones)
+    assert linear.bias is not None
+    assert torch.equal(linear.bias, 1.5 * bias)

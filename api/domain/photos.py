@@ -1,0 +1,115 @@
+"""Photos of a sitter: each is examined before anything is trained on it, and kept as a plain PNG without its metadata.
+
+A photo comes from anybody: only three formats are opened, the pixels are counted before they are decoded, and one is
+decoded at a time.
+"""
+
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MOST_BYTES = 20_000_000
+MOST_PIXELS = 12_000_000
+MOST_JPEG_PIXELS = 50_000_000  # of one that is decoded row by row, at an eighth, a quarter or half of its size
+LEAST_SIDE = 256  # pixels
+KEPT_SIDE = 1024  # pixels of the shorter side: no base learns from more
+SHARP = 6.0  # the spread of second derivatives, in levels, at SHARP_SIDE; less is a blur
+SHARP_SIDE = 256
+NEAR = 12  # bits of 256 in which the fingerprints of two near duplicates differ at most
+FINGERPRINT_SIDE = 16
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo that is good to train on: its pixels as PNG, and what tells it from others."""
+
+    png: bytes
+    sha256: str
+    fingerprint: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one photo, in its place: the photo, or why it is refused."""
+
+    photo: Photo | None
+    reason: str | None = None
+
+
+def examine(photos: Sequence[bytes]) -> list[Verdict]:
+    """Returns a verdict on each photo. Of those that are alike the first is good."""
+    verdicts, good = list[Verdict](), list[Photo]()
+    for content in photos:
+        verdict = _examine_one(content)
+        if verdict.photo is not None and (twin := _like(verdict.photo, good)):
+            verdict = Verdict(None, twin)
+        if verdict.photo is not None:
+            good.append(verdict.photo)
+        verdicts.append(verdict)
+    return verdicts
+
+
+def _examine_one(content: bytes) -> Verdict:
+    if not content:
+        return Verdict(None, "it is empty")
+    if len(content) > MOST_BYTES:
+        return Verdict(None, f"it has more than {MOST_BYTES // 1_000_000} MB")
+    try:
+        image = _decode(content)
+    except Image.DecompressionBombError:
+        return Verdict(None, "it has too many pixels")
+    except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, MemoryError):
+        return Verdict(None, "it is no whole JPEG, PNG or WebP")  # whatever the decoder stumbled on
+    if isinstance(image, str):
+        return Verdict(None, image)
+    if _spread(image) < SHARP:
+        return Verdict(None, "it is blurred")
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return Verdict(Photo(buffer.getvalue(), hashlib.sha256(image.tobytes()).hexdigest(), _fingerprint(image)))
+
+
+def _decode(content: bytes) -> Image.Image | str:
+    """Returns the picture upright, without metadata, KEPT_SIDE at most; or why it is refused."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        width, height = opened.size
+        by_rows = opened.format == "JPEG" and not opened.info.get("progressive")
+        if width * height > (MOST_JPEG_PIXELS if by_rows else MOST_PIXELS):
+            return f"it has {width} × {height} pixels, which is too many"
+        if min(width, height) < LEAST_SIDE:
+            return f"it has {width} × {height} pixels; {LEAST_SIDE} on each side are the least"
+        if getattr(opened, "n_frames", 1) > 1:
+            return "it is animated"
+        scale = min(1.0, KEPT_SIDE / min(width, height))
+        opened.thumbnail((math.ceil(width * scale), math.ceil(height * scale)), reducing_gap=2.0)  # in place
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    return Image.frombytes("RGB", image.size, image.tobytes())  # nothing but pixels
+
+
+def _spread(image: Image.Image) -> float:
+    """Returns how sharp the picture is: the standard deviation of its Laplacian, in levels."""
+    small = ImageOps.fit(image.convert("L"), (SHARP_SIDE, SHARP_SIDE))
+    kernel = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
+    return float(np.asarray(small.filter(kernel), np.float32)[1:-1, 1:-1].std())
+
+
+def _fingerprint(image: Image.Image) -> int:
+    """Returns which of the picture's cells are brighter than their right neighbours (dHash), as bits."""
+    small = np.asarray(image.convert("L").resize((FINGERPRINT_SIDE + 1, FINGERPRINT_SIDE), Image.Resampling.BOX), int)
+    return int("".join("1" if bit else "0" for bit in (small[:, 1:] > small[:, :-1]).ravel()), 2)
+
+
+def _like(photo: Photo, others: Sequence[Photo]) -> str | None:
+    """Returns why the photo is one of the others again, or None."""
+    for other in others:
+        if photo.sha256 == other.sha256:
+            return "it is the same as another one"
+        if (photo.fingerprint ^ other.fingerprint).bit_count() <= NEAR:
+            return "it is nearly the same as another one"
+    return None

@@ -1,0 +1,176 @@
+"""DreamBooth-LoRA: a base learns one sitter from a few pictures (Ruiz et al., https://arxiv.org/abs/2208.12242).
+
+Factors of low rank beside the UNet's attention are all that is trained; the base's weights are shared with whoever
+draws with it meanwhile, and stay as they are. A batch has pictures of the sitter, under the rare token, and the base's
+own pictures of the class, under its plain noun, so that the class does not become the sitter.
+
+A step depends on the seed, its number and the weights alone: training that is killed goes on from its last state to the
+same end, on the same machine to the last bit.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from api.engine.weights import shell
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+POOLED_TEXT = "time_emb_proj"  # where a base whose pooled text joins the timestep hears of it
+BETAS, DECAY, EPSILON = (0.9, 0.999), 0.01, 1e-8
+WARMUP = 20  # steps
+FLOOR = 0.02  # of the rate, at the end
+MOST_NORM = 1.0  # of a step's gradient
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a sitter is trained.
+
+    Attributes:
+        steps: of the optimiser.
+        rank: of the factors.
+        rate: the highest learning rate.
+        own: pictures of the sitter in a batch.
+        prior: pictures of the class in a batch.
+        seed: of the factors' start, the noise and the order of the pictures.
+        guidance: the loss is taken on u + guidance · (c − u), as the base's own training did; 1 is the plain loss.
+        gamma: caps the weight of steps with little noise (min-SNR, https://arxiv.org/abs/2303.09556).
+    """
+
+    steps: int
+    rank: int
+    rate: float
+    own: int
+    prior: int
+    seed: int
+    guidance: float = 1.0
+    gamma: float = 5.0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures and the words for them: latents (n, channels, height, width), texts (n, tokens, width)."""
+
+    latents: Tensor
+    texts: Tensor
+
+
+def recipe_of(pipeline: StableDiffusionPipeline, **said: Any) -> Recipe:
+    """Returns the recipe for a base: what is `said`, else its scheduler's `_training_…`, else what does for most."""
+    ours: dict[str, Any] = {"steps": 800, "rank": 16, "rate": 1e-4, "own": 1, "prior": 1, "seed": 0, "guidance": 1.0}
+    config = pipeline.scheduler.config
+    given = {name: config[f"_training_{name}"] for name in ours if f"_training_{name}" in config}
+    return Recipe(**{**ours, **given, **{name: value for name, value in said.items() if value is not None}})
+
+
+class Trainer:
+    """Trains one sitter over a base, a step at a time.
+
+    Args:
+        pipeline: the base; nothing in it is changed.
+        own: pictures of the sitter, with the token's words.
+        prior: pictures of the class, or none.
+        empty: the embedding of no words, (1, tokens, width).
+        recipe: how.
+    """
+
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, own: Examples, prior: Examples | None, empty: Tensor, recipe: Recipe
+    ) -> None:
+        self.recipe = recipe
+        self.done = 0
+        self._own, self._prior, self._empty = own, prior, empty
+        self._noise = DDPMScheduler.from_config(pipeline.scheduler.config)
+        kept = self._noise.alphas_cumprod
+        self._snr = (kept / (1 - kept).clamp(min=1e-8)).to(pipeline.device)
+        self._unet = shell(pipeline.unet).requires_grad_(False)
+        targets = [*ATTENTION, *([POOLED_TEXT] if pipeline.unet.config.get("addition_embed_type") == "text" else [])]
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            config = LoraConfig(
+                r=recipe.rank, lora_alpha=recipe.rank, init_lora_weights="gaussian", target_modules=targets
+            )
+            inject_adapter_in_model(config, self._unet)
+        self._factors = {name: one for name, one in self._unet.named_parameters() if one.requires_grad}
+        self._optimiser = torch.optim.AdamW(
+            self._factors.values(), lr=recipe.rate, betas=BETAS, eps=EPSILON, weight_decay=DECAY
+        )
+
+    def step(self) -> float:
+        """Does one step; returns its loss, which is not finite when the training has failed."""
+        chance = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.done)
+        examples = [self._own] * self.recipe.own + ([self._prior] * self.recipe.prior if self._prior else [])
+        chosen = [int(torch.randint(len(one.latents), (1,), generator=chance)) for one in examples]
+        latents = torch.stack([one.latents[index] for one, index in zip(examples, chosen, strict=True)])
+        texts = torch.stack([one.texts[index] for one, index in zip(examples, chosen, strict=True)])
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.recipe.rate * self._pace()
+        self._optimiser.zero_grad()
+        loss = self._losses(latents, texts, chance).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._factors.values(), MOST_NORM)
+        self._optimiser.step()
+        self.done += 1
+        return float(loss.detach())
+
+    def _pace(self) -> float:
+        """Linear warm-up, then a cosine down to FLOOR."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self.done / self.recipe.steps))
+        return min(1.0, (self.done + 1) / WARMUP) * (FLOOR + (1 - FLOOR) * cosine)
+
+    def _losses(self, latents: Tensor, texts: Tensor, chance: torch.Generator) -> Tensor:
+        """Returns the weighted error of each row at one time each, the times spread over all noise levels."""
+        rows, device = len(latents), latents.device
+        spread = (torch.randperm(rows, generator=chance) + torch.rand(rows, generator=chance)) / rows
+        times = (spread * self._noise.config.num_train_timesteps).long().to(device)
+        noise = torch.randn(latents.shape, generator=chance).to(device)
+        noisy = self._noise.add_noise(latents, noise, times)
+        predicted = self._predict(noisy, times, texts)
+        if self.recipe.guidance > 1:
+            with torch.no_grad():
+                wordless = self._predict(noisy, times, self._empty.expand(rows, -1, -1))
+            predicted = wordless + self.recipe.guidance * (predicted - wordless)
+        velocity = self._noise.config.prediction_type == "v_prediction"
+        target = self._noise.get_velocity(latents, noise, times) if velocity else noise
+        errors = mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
+        # Steps full of noise, where it is decided what is to be seen, keep their full weight.
+        weights: Tensor = (self.recipe.gamma / (self._snr[times] + velocity)).clamp(max=1)
+        return weights * errors
+
+    def _predict(self, noisy: Tensor, times: Tensor, texts: Tensor) -> Tensor:
+        dtype = next(self._unet.parameters()).dtype
+        predicted: Tensor = self._unet(noisy.to(dtype), times, texts.to(dtype), return_dict=False)[0]
+        return predicted.float()
+
+    def factors(self) -> dict[str, Tensor]:
+        """Returns the factors under the names that diffusers gives them."""
+        return {f"unet.{name.replace('.default', '')}": one.detach().clone() for name, one in self._factors.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns all that a step changes, on the host."""
+        tensors = {"done": torch.tensor(self.done)}
+        for name, factor in self._factors.items():
+            moments: Mapping[str, Tensor] = self._optimiser.state[factor]
+            tensors[f"factor.{name}"] = factor.detach().cpu().clone()
+            tensors |= {f"{moment}.{name}": value.detach().cpu().clone() for moment, value in moments.items()}
+        return tensors
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to a `state`; the next step is the one that came after it."""
+        self.done = int(state["done"])
+        with torch.no_grad():
+            for name, factor in self._factors.items():
+                factor.copy_(state[f"factor.{name}"])
+                moments = {key.removesuffix(f".{name}"): value for key, value in state.items() if key.endswith(name)}
+                moments.pop("factor", None)
+                self._optimiser.state[factor] = {
+                    moment: value.clone() if moment == "step" else value.to(factor.device, copy=True)
+                    for moment, value in moments.items()
+                }

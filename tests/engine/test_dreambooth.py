@@ -1,0 +1,194 @@
+"""A whole training on a tiny base: killed, cancelled, failing, and beside drawings."""
+
+import hashlib
+import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from api.engine.dreambooth import SAMPLES, SCENES, Lesson, Report, Trained
+from api.engine.trainer import Trainer
+from api.errors import Cancelled, ModelUnavailable, TrainingFailed
+from api.model_service import ModelService
+from tests import builders
+
+STEPS = 5
+ROUNDING = 3  # levels of 255: the file has float16, and a batch's rows change the last digits
+Open = Callable[[], ModelService]
+
+
+def photo(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).resize((512, 512)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+LESSON = Lesson([photo(seed) for seed in range(3)], "person", steps=STEPS, rank=2, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer pictures of the class, and fewer steps for each: it is the training that is looked at."""
+    monkeypatch.setattr("api.engine.dreambooth.SAMPLE_STEPS", 2)
+    monkeypatch.setattr("api.engine.dreambooth.SCENES", SCENES[:SAMPLES])
+
+
+@pytest.fixture
+def open_service(base_folder: Path, tmp_path: Path) -> Iterator[Open]:
+    opened = []
+
+    def open_one() -> ModelService:
+        sources = {"default": builders.source(base_folder)}
+        opened.append(ModelService(builders.settings(sources, data_dir=tmp_path / "data")))
+        return opened[-1]
+
+    yield open_one
+    for service in opened:
+        service.close()
+
+
+def train(service: ModelService, base: Path, folder: Path, report: Any = lambda report: None, **how: Any) -> Trained:
+    folder.mkdir(exist_ok=True)
+    return service.train(builders.source(base), LESSON, folder, report, **how)
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class Killed(BaseException):
+    """Ends a training as a signal would: nothing is put in order."""
+
+
+def test_a_training_ends_with_a_lora_and_its_samples(open_service: Open, base_folder: Path, tmp_path: Path) -> None:
+    reports = list[Report]()
+    trained = train(open_service(), base_folder, tmp_path / "run", reports.append)
+    assert reports[0].phase == "caching"
+    steps = [report for report in reports if report.phase == "training"]
+    assert [(report.done, report.of) for report in steps] == [(done, STEPS) for done in range(1, STEPS + 1)]
+    assert all(report.loss and np.isfinite(report.loss) for report in steps)
+    assert sum(report.sample is not None for report in reports) == 3
+    assert trained.file.is_file()
+    assert trained.step in {3, 4, 5}
+    assert len(trained.samples) == 4
+    assert trained.scores.likeness is None  # this base has no reader
+
+
+def test_its_file_draws_the_same_in_diffusers(open_service: Open, base_folder: Path, tmp_path: Path) -> None:
+    trained = train(open_service(), base_folder, tmp_path / "run")
+    sources = {"default": builders.source(base_folder), "ada": builders.source(base_folder, lora=str(trained.file))}
+    ours = ModelService(builders.settings(sources))
+    try:
+        png = ours.generate(builders.request(user_id="ada")).pngs[0]
+        plain = ours.generate(builders.request()).pngs[0]
+    finally:
+        ours.close()
+    theirs = StableDiffusionPipeline.from_pretrained(base_folder, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_lora_weights(trained.file)
+    request = builders.request()
+    drawn = theirs(
+        request.prompt,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        width=request.width,
+        height=request.height,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    pixels = [np.asarray(Image.open(io.BytesIO(one)), int) for one in (png, plain)]
+    assert abs(pixels[0] - np.asarray(drawn, int)).max() <= ROUNDING
+    assert png != plain
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_killed_at_any_step_it_goes_on_to_the_same_end(
+    open_service: Open, base_folder: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.engine.dreambooth.SAVE_SECONDS", 0.0)
+    whole = train(open_service(), base_folder, tmp_path / "whole")
+
+    def kill(report: Report) -> None:
+        if report.phase == "training" and report.done == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(open_service(), base_folder, tmp_path / "killed", kill)
+    begun = list[int]()
+
+    def note(report: Report) -> None:
+        if report.phase == "training":
+            begun.append(report.done)
+
+    again = train(open_service(), base_folder, tmp_path / "killed", note)
+    assert begun[0] == step  # the one that was not saved
+    assert (again.step, sha256(again.file)) == (whole.step, sha256(whole.file))
+
+
+def test_a_loss_that_is_not_finite_ends_it(
+    open_service: Open, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_losses", lambda *_: torch.full((1,), torch.nan, requires_grad=True))
+    with pytest.raises(TrainingFailed, match="not finite at step 1"):
+        train(open_service(), base_folder, tmp_path / "run")
+
+
+def test_it_is_cancelled_within_a_step(open_service: Open, base_folder: Path, tmp_path: Path) -> None:
+    service, stop = open_service(), threading.Event()
+
+    def cancelled() -> None:
+        if stop.is_set():
+            raise Cancelled("it was cancelled")
+
+    def report(report: Report) -> None:
+        if report.phase == "training":
+            stop.set()
+
+    with pytest.raises(Cancelled):
+        train(service, base_folder, tmp_path / "run", report, check=cancelled)
+    assert service.generate(builders.request()).pngs
+
+
+def test_others_draw_as_ever_meanwhile(open_service: Open, base_folder: Path, tmp_path: Path) -> None:
+    service = open_service()
+    before = service.generate(builders.request()).pngs[0]
+    during = list[bytes]()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train, service, base_folder, tmp_path / "run")
+        while not training.done():
+            during.append(service.generate(builders.request()).pngs[0])
+        training.result()
+    assert during
+    assert set(during) <= {before} or all(
+        abs(np.asarray(Image.open(io.BytesIO(one)), int) - np.asarray(Image.open(io.BytesIO(before)), int)).max() <= 2
+        for one in during
+    )
+
+
+def test_the_class_is_drawn_once_for_all_sitters(open_service: Open, base_folder: Path, tmp_path: Path) -> None:
+    service = open_service()
+    train(service, base_folder, tmp_path / "one")
+    [prior] = (tmp_path / "data" / "priors").iterdir()
+    made = prior.stat().st_mtime_ns
+    train(service, base_folder, tmp_path / "other")
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "data" / "priors").iterdir()] == [made]
+
+
+def test_other_pipelines_are_refused(tmp_path: Path) -> None:
+    from tests import families
+
+    folder = families.save("sd3", tmp_path / "sd3")
+    service = ModelService(builders.settings({"default": builders.source(folder)}))
+    try:
+        with pytest.raises(ModelUnavailable, match="cannot be trained"):
+            train(service, folder, tmp_path / "run")
+    finally:
+        service.close()
