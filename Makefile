@@ -22,7 +22,7 @@ PIP   := python -m pip --disable-pip-version-check
 TORCH  = $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test chaos fuzz lint bench bench-engine bench-gpu demo-model lock clean
+.PHONY: help setup run test chaos fuzz lint bench bench-engine bench-train bench-gpu demo-model lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ bench: $(VENV)/setup.stamp ## measure; writes docs/benchmarks.md
 
 bench-engine: $(VENV)/setup.stamp ## compare with other ways of serving many users' models; a quarter of an hour
 	$(BIN)/python -m bench engine $(ARGS)
+
+bench-train: $(VENV)/setup.stamp ## train ten people never seen, and judge them; a quarter of an hour
+	$(BIN)/python -m bench train $(ARGS)
 
 bench-gpu: $(VENV)/setup.stamp ## measure on a GPU, with random weights of Stable Diffusion 1.5's size; eight minutes
 	$(BIN)/python -m bench.gpu $(ARGS)

@@ -195,7 +195,7 @@ def sitter_figures(who: str, name: str, seen: list[Reading], scenes: Sequence[Sc
     return [Figure(f"{who}_{key}", score.share, "share") for key, score in scores.items()]
 
 
-def _sitter_prompt(scene: Scene, rng: Random) -> str:
+def sitter_prompt(scene: Scene, rng: Random) -> str:
     """A caption with both costume and place."""
     spec = Spec(SITTERS["ada"], scene)
     while not {"costume", "place"} <= (words := caption(spec, rng, who=WHO)).named or "expression" in words.named:
@@ -219,7 +219,7 @@ def speed_figure(models: Path, timings: int) -> Figure:
 def evaluate(models: Path, scale: float = 1.0, workers: int = 1) -> list[Figure]:
     effort, rng = Effort().scaled(scale), Random(5)
     wanted, scenes = test_prompts(effort.prompts), NEW_SCENES[: effort.scenes]
-    prompts = tuple(_sitter_prompt(scene, rng) for scene in scenes)
+    prompts = tuple(sitter_prompt(scene, rng) for scene in scenes)
     few = wanted[:4]
     base = Drawing("demo", tuple(words.text for _, words in wanted), steps=effort.steps)
     control = Drawing("demo", prompts, seed=500, steps=effort.steps)

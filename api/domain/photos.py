@@ -56,10 +56,6 @@ def examine(photos: Sequence[bytes]) -> list[Verdict]:
 
 
 def _examine_one(content: bytes) -> Verdict:
-    if not content:
-        return Verdict(None, "it is empty")
-    if len(content) > MOST_BYTES:
-        return Verdict(None, f"it has more than {MOST_BYTES // 1_000_000} MB")
     try:
         image = _decode(content)
     except Image.DecompressionBombError:
@@ -77,6 +73,10 @@ def _examine_one(content: bytes) -> Verdict:
 
 def _decode(content: bytes) -> Image.Image | str:
     """Returns the picture upright, without metadata, KEPT_SIDE at most; or why it is refused."""
+    if not content:
+        return "it is empty"
+    if len(content) > MOST_BYTES:
+        return f"it has more than {MOST_BYTES // 1_000_000} MB"
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         width, height = opened.size
         by_rows = opened.format == "JPEG" and not opened.info.get("progressive")

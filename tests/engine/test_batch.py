@@ -262,3 +262,51 @@ def test_closing_ends_what_is_drawn_and_refuses_the_rest(users: Crowd, batch: Ba
     assert started.done == 1
     with pytest.raises(ShuttingDown):
         batch.draw(users.task(Wish("ada")))
+
+
+def test_what_runs_behind_has_all_of_an_idle_loop(batch: Batch) -> None:
+    loop = batch.run_behind(threading.get_ident)
+    assert loop == batch.run_behind(threading.get_ident) != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        batch.run_behind(lambda: 1 // 0)
+
+
+def test_what_runs_behind_has_its_share_while_there_are_tasks(users: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()  # a step takes a second, and so does what runs behind
+    monkeypatch.setattr("api.engine.batch.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    batch, steps, done_behind = Batch(most_rows=6, share=0.25), 30, list[int]()
+    task = users.task(Wish("user0", steps=steps), gate(batch, 1))
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            drawing = threads.submit(batch.draw, task)
+            while not drawing.done():
+                batch.run_behind(lambda: done_behind.append(task.done))
+            drawing.result()
+    finally:
+        batch.close()
+    during = [done for done in done_behind if 0 < done < steps]
+    assert during
+    for one, later in itertools.pairwise(during):
+        assert later - one >= 2  # a quarter of the time: three steps, or what is left of a credit
+
+
+def test_closing_ends_what_waits_behind(users: Crowd) -> None:
+    batch, began, go_on = Batch(most_rows=6), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        began.set()
+        go_on.wait(PATIENCE)
+
+    with ThreadPoolExecutor(3) as threads:
+        held = threads.submit(batch.run_behind, hold)
+        assert began.wait(PATIENCE)
+        waits = threads.submit(batch.run_behind, hold)
+        while not batch._behind_tasks:
+            os.sched_yield()
+        closing = threads.submit(batch.close)
+        while not batch._stopping:
+            os.sched_yield()
+        go_on.set()
+        closing.result(PATIENCE)
+        held.result(PATIENCE)
+        assert isinstance(waits.exception(PATIENCE), ShuttingDown)
