@@ -1,7 +1,9 @@
 """`sitter train`: a model of somebody's own from a folder of pictures, without a server."""
 
-import tempfile
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,16 +13,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from api.cli_people import errors_for_people, to_people
-from api.config import DEFAULT_USER, ModelSource, Settings, load_settings, locate
-from api.domain.photos import Photo, examine
-from api.errors import Forbidden, InvalidRequest
+from api.config import DEFAULT_USER, USER_ID, ModelSource, Settings, load_settings
+from api.domain.photos import MOST_BYTES, Photo, Verdict, examine
+from api.errors import Forbidden, InvalidRequest, StorageUnavailable
 from api.wiring import open_models
 
 if TYPE_CHECKING:
-    from api.engine.dreambooth import Report, Trained
+    from api.engine.dreambooth import Lesson, Report, Trained
 
 LEAST, MOST = 3, 20  # photos
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def train_sitter(
@@ -36,6 +37,7 @@ def train_sitter(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File [DATA_DIR/loras/NAME.safetensors].")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model of that name.")] = False,
 ) -> None:
     """Train a model of somebody from a few pictures, and draw them.
 
@@ -45,63 +47,72 @@ def train_sitter(
         if not consent:
             raise Forbidden("nobody is learned without their consent", "Ask them, and say --consent.")
         settings = load_settings(log_level="error")
-        source = ModelSource(base=base) if base else settings.source_for(DEFAULT_USER).without_lora()
+        if not re.fullmatch(USER_ID, name):
+            raise InvalidRequest(f"{name} cannot be a model's name", "Letters, digits and . _ @ - will do.")
+        file = output.absolute() if output else settings.data_dir / "loras" / f"{name}.safetensors"
+        if file.suffix != ".safetensors" or file.is_dir():
+            raise InvalidRequest(f"{file} cannot be a model's file", "Let it end with .safetensors.")
+        if not force and (there := [one for one in (file, file.with_suffix(".png")) if one.exists()]):
+            raise InvalidRequest(f"{there[0]} is there already", "Choose another name, or say --force.")
+        over = ModelSource(base=base) if base else settings.source_for(DEFAULT_USER).without_lora().itself()
         photos = _examined(pictures)
-        file = locate(output or settings.data_dir / "loras" / f"{name}.safetensors")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        trained = _train(settings, source, photos, class_noun, steps, rank, seed, flip, file)
-    entry = {"base": source.base, "lora": str(file)}
+        work = settings.data_dir / "trainings" / name
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir(parents=True, exist_ok=True)
+            lesson = partial(_lesson, photos, class_noun, steps, rank, seed, flip)
+            told = _train(settings, over, lesson, work, file)
+        except OSError as error:
+            raise StorageUnavailable(f"the model cannot be kept: {error.strerror}") from error
+    entry = over.model_copy(update={"lora": str(file)}).model_dump(exclude_defaults=True)
     said = ", ".join(f"{key}: {value}" for key, value in entry.items())
-    to_people.print(f"{escape(trained)}In USER_MODELS:\n  {escape(name)}: {{{escape(said)}}}", soft_wrap=True)
+    to_people.print(f"{escape(told)}In USER_MODELS:\n  {escape(name)}: {{{escape(said)}}}", soft_wrap=True)
 
 
 def _examined(folder: Path) -> list[Photo]:
-    """Returns the good photos of a folder, and says of each other one why it is none."""
+    """Returns the good photos of a folder, and says of each other file why it is none."""
     if not folder.is_dir():
         raise InvalidRequest(f"there is no folder {folder}", "Say where the pictures are.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)[:MOST]
-    verdicts = examine([file.read_bytes() for file in files])
-    for file, verdict in zip(files, verdicts, strict=True):
-        if verdict.reason:
-            to_people.print(f"  {escape(file.name)}: {verdict.reason}")
-    good = [verdict.photo for verdict in verdicts if verdict.photo]
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    good = list[Photo]()
+    verdicts = examine(file.read_bytes() for file in files if file.stat().st_size <= MOST_BYTES)
+    for file in files:
+        verdict = next(verdicts) if file.stat().st_size <= MOST_BYTES else Verdict(None, "it is too large")
+        if verdict.photo and len(good) < MOST:
+            good.append(verdict.photo)
+        else:
+            to_people.print(f"  {escape(file.name)}: {verdict.reason or f'{MOST} pictures are enough'}")
     if len(good) < LEAST:
         raise InvalidRequest(f"{len(good)} pictures are good, {LEAST} are the least", "Add clear, different ones.")
     return good
 
 
-def _train(
-    settings: Settings,
-    source: ModelSource,
-    photos: Sequence[Photo],
-    noun: str,
-    steps: int | None,
-    rank: int | None,
-    seed: int,
-    flip: bool,
-    file: Path,
-) -> str:
-    """Trains, keeps the best candidate as `file` and its samples beside it, and says how good it is."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        open_models(settings) as models,
-        tempfile.TemporaryDirectory(dir=file.parent) as folder,
-        Progress(*columns, console=to_people, transient=True) as progress,
-    ):
-        _ = models.engine  # torch is there from here on: two threads that import it trip over each other
-        from api.engine.dreambooth import Lesson
+def _lesson(photos: Sequence[Photo], noun: str, steps: int | None, rank: int | None, seed: int, flip: bool) -> "Lesson":
+    from api.engine.dreambooth import Lesson  # once torch is there: two threads that import it trip over each other
 
+    return Lesson([photo.png for photo in photos], noun, steps=steps, rank=rank, seed=seed, flip=flip)
+
+
+def _train(settings: Settings, over: ModelSource, lesson: "Callable[[], Lesson]", work: Path, file: Path) -> str:
+    """Trains, keeps the best candidate as `file` and its samples beside it, and says how good it is.
+
+    What is in `work` is gone on from; it is removed at the end.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with open_models(settings) as models, Progress(*columns, console=to_people, transient=True) as progress:
         bar = progress.add_task("caching", total=None)
 
         def show(report: "Report") -> None:
             loss = f", loss {report.loss:.3f}" if report.loss is not None else ""
             progress.update(bar, description=f"{report.phase}{loss}", completed=report.done, total=report.of or None)
 
-        lesson = Lesson([photo.png for photo in photos], noun, steps=steps, rank=rank, seed=seed, flip=flip)
-        trained = models.train(source, lesson, Path(folder), show)
-        sheet = file.with_suffix(".png")
-        _sheet(trained.samples).save(sheet)
-        trained.file.replace(file)
+        _ = models.engine  # waits for torch
+        trained = models.train(over, lesson(), work, show)
+    shutil.copyfile(trained.file, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+    sheet = file.with_suffix(".png")
+    _sheet(trained.samples).save(sheet)
+    shutil.rmtree(work)
     return f"{file}: {_told(trained)}\n{sheet}: {len(trained.samples)} samples\n"
 
 

@@ -207,7 +207,9 @@ class ModelService:
 
         # Without a turn, which others would wait for: in use besides the bases that have theirs.
         with self._shelf.lease(source.without_lora()) as model:
-            return self.engine.train(model.base, source, lesson, folder, report, still_wanted)
+            return self._shelf.retried_without_idle(  # the second time it goes on from its last state
+                lambda: self.engine.train(model.base, source.without_lora(), lesson, folder, report, still_wanted)
+            )
 
     def lease(self, source: ModelSource) -> AbstractContextManager[LeasedModel]:
         """Holds the model of `source` in memory inside the block; see `Shelf.lease`."""

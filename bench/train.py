@@ -1,6 +1,7 @@
 """Training sitters over the bundled base: people never seen, six pictures each, as `sitter train` does it."""
 
 import io
+import shutil
 import statistics
 import tempfile
 import threading
@@ -59,7 +60,7 @@ def figures(people: int = PEOPLE) -> Iterator[Figure]:
 
 
 def _train(models: ModelService, identity: Identity, folder: Path) -> None:
-    photos = examine([_png(render(spec, 512)) for spec in reference_specs(identity)])
+    photos = examine(_png(render(spec, 512)) for spec in reference_specs(identity))
     lesson = Lesson([verdict.photo.png for verdict in photos if verdict.photo], "person", seed=SEED)
     models.train(DEMO, lesson, folder, lambda report: None).file.replace(folder / "best.safetensors")
 
@@ -100,16 +101,21 @@ def _obeyed(seen: Sequence[Reading]) -> Score:
 
 def _p95_ratio(models: ModelService, identity: Identity, folder: Path) -> float:
     """Returns what a picture takes while somebody is trained over what it takes alone, one after the other."""
-    alone = _p95(models)
+    alone, beside = _latencies(models, PACED), list[float]()
     (folder / "beside").mkdir()
+    shutil.rmtree(folder / "priors")  # the class's pictures are drawn, too, as for the first sitter
     training = threading.Thread(target=_train, args=(models, identity, folder / "beside"))
     training.start()
-    beside = _p95(models)
-    training.join()
-    return beside / alone
+    while training.is_alive():
+        beside += _latencies(models, 1)
+    return _p95(beside) / _p95(alone)
 
 
-def _p95(models: ModelService) -> float:
-    requests = [GenerateRequest(prompt="photo of a person as a knight", seed=seed) for seed in range(PACED)]
-    spent = [seconds(partial(models.generate, request)) for request in requests]
+def _latencies(models: ModelService, count: int) -> list[float]:
+    """Returns the seconds of pictures that one user has drawn one after the other."""
+    request = GenerateRequest(prompt="photo of a person as a knight", user_id="somebody", seed=1)
+    return [seconds(partial(models.generate, request)) for _ in range(count)]
+
+
+def _p95(spent: Sequence[float]) -> float:
     return statistics.quantiles(spent, n=20, method="inclusive")[18]

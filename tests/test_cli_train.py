@@ -35,13 +35,18 @@ def test_six_pictures_become_a_model(folder: Path, tmp_path: Path) -> None:
     code, said = train(folder, "--consent")
     assert code == 0, said
     assert "3.png: it is the same as another one" in said
-    assert "notes.txt" not in said
+    assert "notes.txt: it is no whole JPEG, PNG or WebP" in said
     file = tmp_path / "data/loras/eve.safetensors"
     assert file.is_file()
     assert f"lora: {file}" in said.replace("\n", "")
     with Image.open(file.with_suffix(".png")) as sheet:
         assert sheet.width == SAMPLES * sheet.height
     assert sorted(path.name for path in file.parent.iterdir()) == ["eve.png", "eve.safetensors"]
+    assert list((tmp_path / "data/trainings").iterdir()) == []
+    code, said = train(folder, "--consent")
+    assert code == 1
+    assert "is there already" in said
+    assert train(folder, "--consent", "--force")[0] == 0
 
 
 def test_nobody_is_learned_without_consent(folder: Path, tmp_path: Path) -> None:
@@ -57,6 +62,15 @@ def test_too_few_pictures_are_told(folder: Path) -> None:
     code, said = train(folder, "--consent")
     assert code == 1
     assert "1 pictures are good, 3 are the least" in said
+
+
+def test_names_and_files_that_cannot_be_are_told_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
+    done = run(app, ["train", str(folder), "--name", "../eve", "--consent"])
+    assert (done.exit_code, "cannot be a model's name" in done.stderr) == (1, True)
+    for output in (tmp_path, folder / "0.png"):
+        code, said = train(folder, "--consent", "-o", str(output))
+        assert (code, "cannotbeamodel'sfile" in "".join(said.split())) == (1, True)
+    assert (folder / "0.png").is_file()
 
 
 def test_a_folder_that_is_not_there_is_told(folder: Path) -> None:

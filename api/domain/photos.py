@@ -7,7 +7,7 @@ decoded at a time.
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +15,25 @@ from PIL import Image, ImageFilter, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_BYTES = 20_000_000
-MOST_PIXELS = 12_000_000
-MOST_JPEG_PIXELS = 50_000_000  # of one that is decoded row by row, at an eighth, a quarter or half of its size
+MOST_PIXELS = 13_000_000  # that are decoded at once: those of a phone, in 52 MB
+JPEG_SCALES = (8, 4, 2, 1)  # at which a JPEG may be decoded, one part of
+JPEGS = {"JPEG", "MPO"}  # the second has further pictures behind the first, as phones add them
 LEAST_SIDE = 256  # pixels
 KEPT_SIDE = 1024  # pixels of the shorter side: no base learns from more
 SHARP = 6.0  # the spread of second derivatives, in levels, at SHARP_SIDE; less is a blur
 SHARP_SIDE = 256
 NEAR = 12  # bits of 256 in which the fingerprints of two near duplicates differ at most
 FINGERPRINT_SIDE = 16
+ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4: which side of a photo is up
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -42,17 +53,16 @@ class Verdict:
     reason: str | None = None
 
 
-def examine(photos: Sequence[bytes]) -> list[Verdict]:
-    """Returns a verdict on each photo. Of those that are alike the first is good."""
-    verdicts, good = list[Verdict](), list[Photo]()
+def examine(photos: Iterable[bytes]) -> Iterator[Verdict]:
+    """Yields a verdict on each photo, before it takes the next. Of those that are alike the first is good."""
+    good = list[Photo]()
     for content in photos:
         verdict = _examine_one(content)
         if verdict.photo is not None and (twin := _like(verdict.photo, good)):
             verdict = Verdict(None, twin)
         if verdict.photo is not None:
             good.append(verdict.photo)
-        verdicts.append(verdict)
-    return verdicts
+        yield verdict
 
 
 def _examine_one(content: bytes) -> Verdict:
@@ -60,7 +70,7 @@ def _examine_one(content: bytes) -> Verdict:
         image = _decode(content)
     except Image.DecompressionBombError:
         return Verdict(None, "it has too many pixels")
-    except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, MemoryError):
+    except Exception:
         return Verdict(None, "it is no whole JPEG, PNG or WebP")  # whatever the decoder stumbled on
     if isinstance(image, str):
         return Verdict(None, image)
@@ -79,16 +89,22 @@ def _decode(content: bytes) -> Image.Image | str:
         return f"it has more than {MOST_BYTES // 1_000_000} MB"
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         width, height = opened.size
-        by_rows = opened.format == "JPEG" and not opened.info.get("progressive")
-        if width * height > (MOST_JPEG_PIXELS if by_rows else MOST_PIXELS):
+        # One that is decoded row by row is decoded smaller at once; a progressive one is kept whole meanwhile.
+        by_rows = opened.format in JPEGS and not opened.info.get("progressive")
+        step = next(step for step in JPEG_SCALES if step == 1 or (by_rows and min(width, height) >= step * KEPT_SIDE))
+        if width * height / step**2 > MOST_PIXELS:
             return f"it has {width} × {height} pixels, which is too many"
         if min(width, height) < LEAST_SIDE:
             return f"it has {width} × {height} pixels; {LEAST_SIDE} on each side are the least"
-        if getattr(opened, "n_frames", 1) > 1:
+        if opened.format not in JPEGS and getattr(opened, "n_frames", 1) > 1:
             return "it is animated"
+        opened.draft("RGB", (width // step, height // step))
+        turned = TURNS.get(opened.getexif().get(ORIENTATION, 1))
         scale = min(1.0, KEPT_SIDE / min(width, height))
         opened.thumbnail((math.ceil(width * scale), math.ceil(height * scale)), reducing_gap=2.0)  # in place
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = opened.convert("RGB")
+    if turned is not None:
+        image = image.transpose(turned)
     return Image.frombytes("RGB", image.size, image.tobytes())  # nothing but pixels
 
 

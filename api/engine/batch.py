@@ -176,17 +176,26 @@ class Batch:
         with self._changed:
             if self._work:
                 work, behind = self._work.popleft(), False
-            elif self._behind_tasks and (not self._tasks or self._credit > 0):
+            elif self._behind_tasks and (self._credit > 0 or not self._in_front()):
                 work, behind = self._behind_tasks.popleft(), True
             else:
                 return
         began = time.perf_counter()
         settle(*work)
         if behind:
-            self._credit -= time.perf_counter() - began if self._tasks else max(0.0, self._credit)
+            self._credit -= time.perf_counter() - began if self._in_front() else max(0.0, self._credit)
+
+    def _in_front(self) -> bool:
+        """Whether somebody waits before whom others have to give way."""
+        return any(not task.behind for task in self._tasks)
 
     def _schedule(self, waiting: list[Task]) -> list[Task]:
-        """Returns the tasks of the next step: of one kind, least served users first, as many as fit."""
+        """Returns the tasks of the next step: those that give way in their share of the time, or where no other can."""
+        in_front = [] if self._credit > 0 else [task for task in waiting if not task.behind]
+        return self._choose(in_front) or self._choose(waiting)
+
+    def _choose(self, waiting: list[Task]) -> list[Task]:
+        """Returns tasks for one step: of one kind, least served users first, as many as fit."""
         chosen, rows, cost, most_rows = list[Task](), 0, 0, self._most_rows
         of_user: Counter[str] = Counter()
         while waiting:
@@ -255,9 +264,11 @@ class Batch:
                 self._run([task])
 
     def _move_on(self, tasks: Sequence[Task], states: Sequence[Tensor], seconds: float) -> None:
-        self._credit = min(MOST_CREDIT, self._credit + seconds * self._share / (1 - self._share))
         rows = sum(task.rows for task in tasks)
         a_row = seconds / rows
+        behind = a_row * sum(task.rows for task in tasks if task.behind)
+        earned = (seconds - behind) * self._share / (1 - self._share)
+        self._credit = min(MOST_CREDIT, self._credit + earned - (behind if self._in_front() else 0.0))
         if self._knee is not None:
             self._knee.note(tasks[0].model, tasks[0].shape, rows, seconds)
         for task, state in zip(tasks, states, strict=True):

@@ -263,6 +263,7 @@ class ModelCache(Generic[T]):
         """Makes the books anew from what is held."""
         with self._lock:
             self._storages, self._used = {}, Counter()
+            self._held = {entry for entry in self._held if entry.users or not entry.stale}
             for entry in self._held:
                 for storage, (device, size) in entry.future.result().sizes.items():
                     held = self._storages.get(storage, (device, size, 0))[2]

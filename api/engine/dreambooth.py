@@ -3,8 +3,10 @@
 Everything that computes is done on the step loop's thread, behind the drawings of others (`Batch.run_behind`).
 """
 
+import hashlib
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import structlog
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from api.engine.adapters import Adapter, load_adapter
@@ -25,8 +27,10 @@ from api.engine.batch import Batch
 from api.engine.judge import Scores, judge
 from api.engine.pipeline import decode, draw, drawn_size, latents_of
 from api.engine.reader import AttributeReader
+from api.engine.threads import in_own_thread
 from api.engine.trainer import Examples, Recipe, Trainer, recipe_of
-from api.errors import TrainingFailed
+from api.engine.weights import load_noted, save_whole
+from api.errors import BadPicture, Blocked, Cancelled, TrainingFailed
 from api.schemas import GenerateRequest
 
 WORDINGS = (
@@ -66,6 +70,7 @@ CANDIDATES = (0.6, 0.8, 1.0)  # shares of the steps after which one is drawn wit
 SAVE_SECONDS = 30.0
 SMOOTH = 0.95  # share of the loss before in the loss that is told
 
+log = structlog.get_logger()
 Phase = Literal["caching", "training", "validating"]
 Check = Callable[[], None]
 T = TypeVar("T")
@@ -99,18 +104,19 @@ class Training:
         base: what is trained over, leased for as long as this is used.
         batch: the step loop.
         lesson: what is to be learned.
-        prior: the file where the base's pictures of the class are kept; they are drawn where it is not there.
+        priors: the folder where bases' pictures of classes are kept; they are drawn where they are not there.
+        mark: tells the base from every other.
         check: called now and then; whatever it raises ends the training.
     """
 
-    def __init__(self, base: Base, batch: Batch, lesson: Lesson, prior: Path, check: Check) -> None:
+    def __init__(self, base: Base, batch: Batch, lesson: Lesson, priors: Path, mark: str, check: Check) -> None:
         self._base, self._batch, self._check = base, batch, check
         self.lesson = lesson
         self.recipe: Recipe = recipe_of(base.pipeline, steps=lesson.steps, rank=lesson.rank, seed=lesson.seed)
         own = _own(base, batch, lesson, check)
-        self.prior = _prior(base, batch, lesson.noun, prior, check)
+        self.prior = _prior(base, batch, lesson.noun, priors, mark, check)
         empty = batch.run_behind(lambda: _texts(base, [""]))
-        self.trainer = batch.run_behind(partial(Trainer, base.pipeline, own, self.prior, empty, self.recipe))
+        self.trainer = in_own_thread(partial(Trainer, base.pipeline, own, self.prior, empty, self.recipe))
 
     def steps(self, until: int) -> Iterator[float]:
         """Does the steps up to number `until`, and yields the loss of each.
@@ -125,30 +131,33 @@ class Training:
                 raise TrainingFailed(f"the loss is not finite at step {self.trainer.done}")
             yield loss
 
+    @property
+    def _note(self) -> str:
+        """Tells this lesson from every other."""
+        photos = [hashlib.sha256(photo).hexdigest() for photo in self.lesson.photos]
+        return json.dumps([asdict(self.recipe), self.lesson.who, self.lesson.flip, photos])
+
     def save_state(self, file: Path) -> None:
         """Writes all that the next step needs, whole or not at all."""
-        part = file.with_suffix(".part")
-        save_file(self.trainer.state(), part)
-        part.replace(file)
+        save_whole(self._batch.run_behind(self.trainer.state), file, self._note)
 
-    def restore_state(self, file: Path) -> bool:
-        """Goes on from a saved state, if there is one. Returns whether there was."""
-        if not file.exists():
-            return False
-        self.trainer.restore(load_file(file))
-        return True
+    def restore_state(self, file: Path) -> None:
+        """Goes on from the saved state of this very lesson, if there is one."""
+        if (state := load_noted(file, self._note)) is not None:
+            self._batch.run_behind(partial(self.trainer.restore, state))
 
     def save_adapter(self, file: Path) -> None:
         """Writes the LoRA as diffusers does, in float16, and in its metadata how it was made."""
         made = {"recipe": asdict(self.recipe), "step": self.trainer.done, "token": self.lesson.who}
-        metadata = {"sitter_training": json.dumps(made)}  # one entry: safetensors writes several in any order
-        factors = {name: factor.half().cpu().contiguous() for name, factor in self.trainer.factors().items()}
-        save_file(factors, file, metadata)
+        save_whole(self._batch.run_behind(self._halves), file, json.dumps(made))
+
+    def _halves(self) -> dict[str, Tensor]:
+        return {name: factor.half().cpu().contiguous() for name, factor in self.trainer.factors().items()}
 
 
-def _sample(base: Base, batch: Batch, adapter: Adapter | None, check: Check, request: GenerateRequest) -> Image.Image:
+def _sample(base: Base, batch: Batch, adapter: Adapter, request: GenerateRequest, check: Check) -> Image.Image:
     assert request.seed is not None
-    return draw(base, adapter, request, request.seed, batch, lambda step: None, check).images[0]
+    return draw(base, adapter, request, request.seed, batch, lambda step: None, check, behind=True).images[0]
 
 
 def _side(base: Base) -> int:
@@ -166,39 +175,58 @@ def _requests(base: Base, who: str, count: int) -> list[GenerateRequest]:
     ]
 
 
-def _together(action: Callable[[GenerateRequest], T], requests: Sequence[GenerateRequest]) -> list[T]:
+def _together(
+    action: Callable[[GenerateRequest, Check], T], requests: Sequence[GenerateRequest], check: Check
+) -> list[T]:
+    """Returns what `action` does with each, several at once; when one fails the others end at their next step."""
+    failed = threading.Event()
+
+    def still_wanted() -> None:
+        if failed.is_set():
+            raise Cancelled("another picture beside it failed")
+        check()
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(action, requests))
+        futures = [pool.submit(action, request, still_wanted) for request in requests]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            failed.set()
+            raise
 
 
 def _own(base: Base, batch: Batch, lesson: Lesson, check: Check) -> Examples:
     """Returns every photo with every wording."""
-    latents = []
+    latents = list[Tensor]()
     for photo in lesson.photos:
         check()
         latents += batch.run_behind(partial(_encode, base, photo, lesson.flip))
     words = [wording.format(lesson.who) for wording in WORDINGS]
-    texts = batch.run_behind(lambda: _texts(base, words))
-    photos = torch.stack(latents)
-    return Examples(photos.repeat_interleave(len(words), dim=0), texts.repeat(len(photos), 1, 1))
+
+    def paired() -> Examples:
+        photos = torch.stack(latents).repeat_interleave(len(words), dim=0)
+        return Examples(photos, _texts(base, words).repeat(len(latents), 1, 1))
+
+    return batch.run_behind(paired)
+
+
+def _learned(base: Base, photo: bytes) -> Image.Image:
+    """Returns the square of a photo that is learned: its middle, and above that where faces are."""
+    pipeline, side = base.pipeline, _side(base)
+    with Image.open(io.BytesIO(photo), formats=("PNG",)) as image:
+        size = drawn_size(pipeline, side, side)
+        return ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=(0.5, 0.35))
 
 
 @torch.no_grad()
 def _encode(base: Base, photo: bytes, flip: bool) -> list[Tensor]:
-    """Returns the latents (channels, height, width) of the photo's middle, and perhaps of its mirror image."""
-    pipeline, side = base.pipeline, _side(base)
-    image = ImageOps.fit(read_png(photo), drawn_size(pipeline, side, side), Image.Resampling.LANCZOS)
+    """Returns the latents (channels, height, width) of what is learned of a photo, and perhaps of its mirror image."""
+    pipeline, image = base.pipeline, _learned(base, photo)
     images = [image, ImageOps.mirror(image)] if flip else [image]
     pixels = torch.cat([pipeline.image_processor.preprocess(one) for one in images])
     vae = pipeline.vae
     latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
     return list(latents.float())
-
-
-def read_png(content: bytes) -> Image.Image:
-    """Returns the picture of a PNG that we wrote ourselves."""
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-        return image.convert("RGB")
 
 
 @torch.no_grad()
@@ -207,17 +235,18 @@ def _texts(base: Base, texts: Sequence[str]) -> Tensor:
     return torch.cat([base.texts.encode(text, None) for text in texts]).clone()
 
 
-def _prior(base: Base, batch: Batch, noun: str, file: Path, check: Check) -> Examples:
+def _prior(base: Base, batch: Batch, noun: str, folder: Path, mark: str, check: Check) -> Examples:
     """Returns the base's own pictures of the class, drawn once and kept."""
     requests = _requests(base, f"a {noun}", len(SCENES))
     texts = batch.run_behind(lambda: _texts(base, [request.prompt for request in requests]))
-    if not file.exists():
-        drawn = _together(lambda request: latents_of(base, request, batch, check), requests)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        save_file({"latents": torch.cat(drawn).cpu().contiguous()}, part)
-        part.replace(file)
-    return Examples(load_file(file)["latents"].to(base.pipeline.device), texts)
+    asked = json.dumps([mark, *(request.model_dump() for request in requests)])
+    file = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
+    kept = load_noted(file)
+    if kept is None:
+        drawn = _together(lambda request, check: latents_of(base, request, batch, check), requests, check)
+        kept = {"latents": batch.run_behind(lambda: torch.cat(drawn).cpu().clone())}
+        save_whole(kept, file)
+    return Examples(kept["latents"].to(base.pipeline.device), texts)
 
 
 @dataclass(frozen=True)
@@ -249,7 +278,8 @@ def train(
     batch: Batch,
     lesson: Lesson,
     folder: Path,
-    prior: Path,
+    priors: Path,
+    mark: str,
     reader: AttributeReader | None,
     report: OnReport,
     check: Check,
@@ -263,7 +293,8 @@ def train(
         batch: the step loop.
         lesson: what is to be learned.
         folder: where states and candidates are kept.
-        prior: see `Training`.
+        priors: see `Training`.
+        mark: see `Training`.
         reader: judges the samples; None where the base has none.
         report: told of every step and phase; whatever it raises ends the training.
         check: called now and then; whatever it raises ends the training.
@@ -272,10 +303,10 @@ def train(
         TrainingFailed: the loss is not finite.
     """
     report(Report("caching"))
-    training = Training(base, batch, lesson, prior, check)
+    training = Training(base, batch, lesson, priors, mark, check)
     state, steps = folder / "state.safetensors", training.recipe.steps
     training.restore_state(state)
-    of_base = _together(lambda request: _decoded(base, batch, training.prior, request), _requests(base, "", SAMPLES))
+    of_base = [_decoded(base, batch, latents) for latents in training.prior.latents[:SAMPLES]]
     candidates, saved, smooth = list[Trained](), time.monotonic(), None
     for share in CANDIDATES:
         until = max(1, round(steps * share))
@@ -289,11 +320,23 @@ def train(
         if training.trainer.done == until:
             training.save_adapter(file)
         report(Report("validating", training.trainer.done, steps, smooth))
-        candidate = _judged(base, batch, lesson, file, until, of_base, reader, check)
-        candidates.append(candidate)
-        report(Report("validating", training.trainer.done, steps, smooth, candidate.samples[0]))
+        try:
+            candidate = _judged(base, batch, lesson, file, until, of_base, reader, check)
+        except (BadPicture, Blocked) as error:  # the others may be good
+            log.warning("candidate_dropped", step=until, reason=error.detail)
+        else:
+            candidates.append(candidate)
+            report(Report("validating", training.trainer.done, steps, smooth, candidate.samples[0]))
         training.save_state(state)
-    return max(candidates, key=lambda candidate: (candidate.scores.total, candidate.step))
+    if not candidates:
+        raise TrainingFailed("none of its candidates draws a picture", "Try fewer steps, or other pictures.")
+    return max(candidates, key=_worth)
+
+
+def _worth(candidate: Trained) -> tuple[bool, float, int]:
+    """Orders candidates: those to be published first, then by score where there is one to tell, then the later one."""
+    scores = candidate.scores
+    return scores.refusal() is None, scores.total if scores.likeness is not None else 0.0, candidate.step
 
 
 def _judged(
@@ -309,16 +352,14 @@ def _judged(
     adapter = batch.run_behind(partial(load_adapter, file, base.pipeline, 1.0))
     try:
         requests = [*_requests(base, lesson.who, SAMPLES), *_requests(base, f"a {lesson.noun}", OF_CLASS)]
-        drawn = _together(partial(_sample, base, batch, adapter, check), requests)
+        drawn = _together(partial(_sample, base, batch, adapter), requests, check)
     finally:
         base.drop(adapter)
-    photos = [read_png(photo) for photo in lesson.photos]
+    photos = [_learned(base, photo) for photo in lesson.photos]
     own, of_class = drawn[:SAMPLES], drawn[SAMPLES:]
     scores = batch.run_behind(partial(judge, reader, photos, own, of_base, of_class))
     return Trained(file, step, scores, own)
 
 
-def _decoded(base: Base, batch: Batch, prior: Examples, request: GenerateRequest) -> Image.Image:
-    """Returns the base's picture of the class with the seed of `request`."""
-    assert request.seed is not None
-    return batch.run_behind(partial(decode, base.pipeline, prior.latents[request.seed][None]))[0]
+def _decoded(base: Base, batch: Batch, latents: Tensor) -> Image.Image:
+    return batch.run_behind(partial(decode, base.pipeline, latents[None], checked=False))[0]

@@ -1,7 +1,6 @@
 """Engine: one device. It loads bases and adapters for the cache and draws with them; the service knows only this."""
 
 import gc
-import hashlib
 import math
 import threading
 import time
@@ -259,20 +258,20 @@ class Engine:
         """Returns device → bytes that loading the tiny autoencoder in `folder` takes."""
         return {self.device: sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
 
-    def load_decoder(self, folder: Path, base: AnyBase) -> Loaded[Decoder]:
-        """Returns the tiny autoencoder in `folder`, for that base.
-
-        Raises ModelUnavailable, OutOfMemory or DeviceLost.
-        """
+    def load_decoder(self, folder: Path) -> Loaded[Decoder]:
+        """Returns the tiny autoencoder in `folder`. Raises ModelUnavailable, OutOfMemory or DeviceLost."""
         with self._told_apart():
             decoder = in_own_thread(partial(components.load_decoder, folder, self._placement))
+        return Loaded(decoder, weights.storages_of(weights.tensors_of(decoder)))
+
+    def check_decoder(self, decoder: Decoder, base: AnyBase) -> None:
+        """Raises ModelUnavailable when the decoder is for other latents than the base's."""
         theirs, ours = base.pipeline.vae.config, decoder.config
         if (theirs.latent_channels, len(theirs.block_out_channels)) != (
             ours.latent_channels,
             len(ours.decoder_block_out_channels),
         ):
-            raise ModelUnavailable(f"{folder.name} decodes other latents than this base's", "Check FAST_MODELS.")
-        return Loaded(decoder, weights.storages_of(weights.tensors_of(decoder)))
+            raise ModelUnavailable("the decoder of FAST_MODELS is for other latents than this base's")
 
     def draw(
         self,
@@ -304,11 +303,10 @@ class Engine:
         if not isinstance(base, Base):
             raise ModelUnavailable("this base cannot be trained over", "Only Stable Diffusion 1 and 2 can.")
         judge = self._settings.judges.get(source.base)
-        mark = hashlib.sha256(f"{deltas.fingerprint(self.find_base(source))} {lesson.noun}".encode()).hexdigest()
-        prior = self._settings.data_dir / "priors" / f"{mark[:32]}.safetensors"
+        mark, priors = deltas.fingerprint(self.find_base(source)), self._settings.data_dir / "priors"
         with self._told_apart():
             reader = self._batch.run_behind(partial(load_reader, locate(judge))) if judge else None
-            return train(base, self._batch, lesson, folder, prior, reader, report, check)
+            return train(base, self._batch, lesson, folder, priors, mark, reader, report, check)
 
     def close(self) -> None:
         """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""

@@ -97,6 +97,7 @@ def draw(
     on_step: OnStep,
     check: Callable[[], None] = lambda: None,
     decoder: AutoencoderTiny | None = None,
+    behind: bool = False,
 ) -> Drawing:
     """Returns the pictures of `request`, the first from `seed`, the next from `seed + 1` and so on. Blocks.
 
@@ -109,6 +110,7 @@ def draw(
         on_step: called after each step, on the thread of the lane; whatever it raises ends the drawing.
         check: called now and then while the request waits for its first step; whatever it raises ends the drawing.
         decoder: makes the pixels in place of the base's own; None for that one.
+        behind: it gives way to the drawings of others.
 
     Raises:
         BadPicture: latents or pixels are not finite.
@@ -125,9 +127,10 @@ def draw(
         if schedule is None:
             denoised = _by_stock_call(base, adapter, request, seed, stepped, check)
         else:
-            denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped, check)
+            denoised = _in_batch(base, adapter, request, seed, schedule, batch, stepped, check, behind)
         done = time.perf_counter()
-        images, decode_seconds = batch.run(partial(_decode_timed, pipeline, decoder, denoised.latents))
+        run = batch.run_behind if behind else batch.run
+        images, decode_seconds = run(partial(_decode_timed, pipeline, decoder, denoised.latents))
     return Drawing(
         [sized(image, request.width, request.height) for image in images],
         denoised.lane,
@@ -150,7 +153,7 @@ def latents_of(base: Base, request: GenerateRequest, batch: Batch, check: Callab
         raise ModelUnavailable("the step loop cannot draw with this base", "Only Stable Diffusion can be trained.")
     with torch.inference_mode():
         return _in_batch(
-            base, None, request, request.seed or 0, schedule, batch, lambda done, of, latents: None, check
+            base, None, request, request.seed or 0, schedule, batch, lambda done, of, latents: None, check, True
         ).latents
 
 
@@ -218,11 +221,12 @@ def _in_batch(
     batch: Batch,
     stepped: Callable[[int, int, Tensor], None],
     check: Callable[[], None],
+    behind: bool,
 ) -> _Denoised:
     shared = base.shared_unet(adapter)
     rides = adapter is not None and not request.reproducible and shared.fits(adapter)
     model = shared if rides or (adapter is None and not request.reproducible) else base.own_unet()
-    task = batch.join(partial(_task, base, adapter, request, seed, schedule, model, stepped, check))
+    task = batch.join(partial(_task, base, adapter, request, seed, schedule, model, stepped, check, behind))
     return _Denoised(task.ended.result(), _lane(adapter, rides), task.seconds)
 
 
@@ -236,6 +240,7 @@ def _task(
     model: Slots,
     stepped: Callable[[int, int, Tensor], None],
     check: Callable[[], None],
+    behind: bool,
 ) -> Task:
     pipeline = base.pipeline
     width, height = drawn_size(pipeline, request.width, request.height)
@@ -257,6 +262,7 @@ def _task(
         guidance_scale=request.guidance_scale,
         guidance_rescale=stock.guidance_rescale(pipeline),
         generators=generators,
+        behind=behind,
         alone=request.reproducible,
         on_call=lambda done, latents: stepped(done, schedule.calls, latents),
         check=check,
@@ -335,8 +341,15 @@ def _decode_timed(pipeline: StableDiffusionPipeline, vae: Any, latents: Tensor) 
 
 
 @torch.inference_mode()
-def decode(pipeline: StableDiffusionPipeline, latents: Tensor, decoder: Any = None) -> list[Image.Image]:
-    """Returns the pictures that `decoder`, or the pipeline's own, makes of `latents` (pictures, channels, h/f, w/f)."""
+def decode(
+    pipeline: StableDiffusionPipeline, latents: Tensor, decoder: Any = None, checked: bool = True
+) -> list[Image.Image]:
+    """Returns the pictures that `decoder`, or the pipeline's own, makes of `latents` (pictures, channels, h/f, w/f).
+
+    Raises:
+        BadPicture: latents or pixels are not finite.
+        Blocked: they are to be `checked`, and the model's safety checker refused one.
+    """
     vae = decoder or pipeline.vae
     if not torch.isfinite(latents).all():
         raise BadPicture(LOST)
@@ -346,8 +359,9 @@ def decode(pipeline: StableDiffusionPipeline, latents: Tensor, decoder: Any = No
         pixels = copy.deepcopy(vae).float().decode(scaled.float(), return_dict=False)[0]
     if not torch.isfinite(pixels).all():
         raise BadPicture(NO_PIXELS)
-    _, unsafe = pipeline.run_safety_checker(pixels, pixels.device, pipeline.unet.dtype)
-    if unsafe and any(unsafe):
-        raise Blocked("the model's safety checker refused the picture")
+    if checked:
+        _, unsafe = pipeline.run_safety_checker(pixels, pixels.device, pipeline.unet.dtype)
+        if unsafe and any(unsafe):
+            raise Blocked("the model's safety checker refused the picture")
     images: list[Image.Image] = pipeline.image_processor.postprocess(pixels, output_type="pil")
     return images

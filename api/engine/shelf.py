@@ -151,8 +151,9 @@ class Shelf:
             held.append(self._held(few, leases, lambda: self._lease_adapter(few, base, None)))
         adapters, decoder = [lease.value for lease in held[1:]], None
         if fast is not None and (folder := fast.decoder) is not None:
-            held.append(self._held(("decoder", folder), leases, lambda: self._lease_decoder(locate(folder), base)))
+            held.append(self._held(("decoder", folder), leases, lambda: self._lease_decoder(locate(folder))))
             decoder = held[-1].value
+            self._engine.check_decoder(decoder, base)
         adapter = adapters[0] if adapters else None
         if fast is not None and fast.lora is not None:
             adapter = self.retried_without_idle(lambda: self._engine.combine(adapters))
@@ -181,10 +182,10 @@ class Shelf:
 
         return self.cache.lease(source, load, owner)
 
-    def _lease_decoder(self, folder: Path, base: "AnyBase") -> "Lease[Decoder]":
+    def _lease_decoder(self, folder: Path) -> "Lease[Decoder]":
         def load(reserve: Reserve) -> "Loaded[Decoder]":
             reserve(self._engine.decoder_bytes(folder))
-            return self._engine.load_decoder(folder, base)
+            return self._engine.load_decoder(folder)
 
         return self.cache.lease(folder, load)
 

@@ -30,6 +30,7 @@ class Task:
         guidance_scale: 1 or less is no guidance.
         guidance_rescale: see https://arxiv.org/abs/2305.08891, section 3.4; 0 is none.
         generators: one for each picture, for samplers that add noise.
+        behind: it gives way to those that are not, as `Batch.run_behind` does.
         alone: no other task's rows are in its forwards, so that nothing of it depends on who else is there.
         on_call: see `OnCall`.
         check: raises when the task is wanted no more; asked while it waits for its steps.
@@ -44,6 +45,7 @@ class Task:
     guidance_scale: float
     guidance_rescale: float
     generators: Sequence[torch.Generator]
+    behind: bool = False
     alone: bool = False
     on_call: OnCall = lambda done, latents: None
     check: Callable[[], None] = lambda: None

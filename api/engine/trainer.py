@@ -19,6 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from api.engine.components import ONE_LOAD
 from api.engine.weights import shell
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -27,6 +28,7 @@ BETAS, DECAY, EPSILON = (0.9, 0.999), 0.01, 1e-8
 WARMUP = 20  # steps
 FLOOR = 0.02  # of the rate, at the end
 MOST_NORM = 1.0  # of a step's gradient
+HALF_SCALE = 1024.0  # of the loss where the base has float16, so that small gradients are not lost
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Recipe:
         prior: pictures of the class in a batch.
         seed: of the factors' start, the noise and the order of the pictures.
         guidance: the loss is taken on u + guidance · (c − u), as the base's own training did; 1 is the plain loss.
-        gamma: caps the weight of steps with little noise (min-SNR, https://arxiv.org/abs/2303.09556).
+        gamma: caps the weight of steps with little noise, as in min-SNR (https://arxiv.org/abs/2303.09556); but of a
+            base that predicts velocity those full of noise keep theirs, which min-SNR would make nothing.
     """
 
     steps: int
@@ -91,14 +94,18 @@ class Trainer:
         kept = self._noise.alphas_cumprod
         self._snr = (kept / (1 - kept).clamp(min=1e-8)).to(pipeline.device)
         self._unet = shell(pipeline.unet).requires_grad_(False)
+        self._scale = HALF_SCALE if pipeline.unet.dtype == torch.float16 else 1.0
         targets = [*ATTENTION, *([POOLED_TEXT] if pipeline.unet.config.get("addition_embed_type") == "text" else [])]
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            config = LoraConfig(
-                r=recipe.rank, lora_alpha=recipe.rank, init_lora_weights="gaussian", target_modules=targets
-            )
+        with ONE_LOAD:  # while another model loads, its library has changed how torch makes parameters
+            config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=targets)
             inject_adapter_in_model(config, self._unet)
         self._factors = {name: one for name, one in self._unet.named_parameters() if one.requires_grad}
+        chance = torch.Generator().manual_seed(recipe.seed)
+        for name, factor in self._factors.items():  # in float32, whatever the base has: steps are small
+            start = torch.zeros(factor.shape)
+            if ".lora_A." in name:
+                start.normal_(std=1 / recipe.rank, generator=chance)
+            factor.data = start.to(pipeline.device)
         self._optimiser = torch.optim.AdamW(
             self._factors.values(), lr=recipe.rate, betas=BETAS, eps=EPSILON, weight_decay=DECAY
         )
@@ -114,9 +121,13 @@ class Trainer:
             group["lr"] = self.recipe.rate * self._pace()
         self._optimiser.zero_grad()
         loss = self._losses(latents, texts, chance).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self._factors.values(), MOST_NORM)
-        self._optimiser.step()
+        (loss * self._scale).backward()  # type: ignore[no-untyped-call]
+        for factor in self._factors.values():
+            if factor.grad is not None:
+                factor.grad /= self._scale
+        norm = torch.nn.utils.clip_grad_norm_(self._factors.values(), MOST_NORM)
+        if self._scale == 1.0 or torch.isfinite(norm):  # half precision overflows now and then: that step is left out
+            self._optimiser.step()
         self.done += 1
         return float(loss.detach())
 
@@ -129,7 +140,8 @@ class Trainer:
         """Returns the weighted error of each row at one time each, the times spread over all noise levels."""
         rows, device = len(latents), latents.device
         spread = (torch.randperm(rows, generator=chance) + torch.rand(rows, generator=chance)) / rows
-        times = (spread * self._noise.config.num_train_timesteps).long().to(device)
+        most = self._noise.config.num_train_timesteps
+        times = (spread * most).long().clamp(max=most - 1).to(device)  # the largest of float32 round up to 1
         noise = torch.randn(latents.shape, generator=chance).to(device)
         noisy = self._noise.add_noise(latents, noise, times)
         predicted = self._predict(noisy, times, texts)

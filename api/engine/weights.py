@@ -4,19 +4,24 @@ import copy
 import errno
 import hashlib
 import json
+import os
 import struct
+import tempfile
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from api.errors import ModelUnavailable, SitterError
 
+NOTE = "sitter_note"  # in the metadata of what `save_whole` writes
 Module = TypeVar("Module", bound=nn.Module)
 
 MAX_HEADER_BYTES = 2 * 1024 * 1024
@@ -149,3 +154,38 @@ def _fingerprint(parameter: nn.Parameter) -> tuple[Hashable, ...]:
     values = parameter.detach().flatten()
     sample = values[:: max(1, values.numel() // FINGERPRINT_VALUES)].to("cpu", torch.float32)
     return tuple(parameter.shape), parameter.dtype, parameter.device.type, sample.numpy().tobytes()
+
+
+def save_whole(tensors: Mapping[str, torch.Tensor], file: Path, note: str | None = None) -> None:
+    """Writes a safetensors file that is whole or not there at all, also when the power fails.
+
+    Args:
+        tensors: on the host, each with its own memory.
+        file: where; its folder is made if it is not there.
+        note: kept in its metadata under NOTE, where there is one entry: safetensors writes several in any order.
+
+    Raises:
+        OSError: it cannot be written; what was there before is.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(save(dict(tensors), None if note is None else {NOTE: note}))
+            opened.flush()
+            os.fsync(opened.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_noted(file: Path, note: str | None = None) -> dict[str, torch.Tensor] | None:
+    """Returns the tensors of a file of `save_whole`; None where it is not there, not whole, or has another note."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if (opened.metadata() or {}).get(NOTE) != note:
+                return None
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError):
+        return None

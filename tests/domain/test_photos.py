@@ -1,5 +1,6 @@
 import io
-import tracemalloc
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from api.config import ROOT
 from api.domain import photos
-from api.domain.photos import KEPT_SIDE, LEAST_SIDE, examine
+from api.domain.photos import KEPT_SIDE, LEAST_SIDE, Verdict
 
 SIDE = 400
 
@@ -26,6 +27,10 @@ def stored(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **how)
     return buffer.getvalue()
+
+
+def examine(contents: list[bytes]) -> list[Verdict]:
+    return list(photos.examine(contents))
 
 
 def reason(content: bytes) -> str | None:
@@ -73,7 +78,7 @@ BAD: dict[str, Callable[[], bytes]] = {
     "whole JPEG": lambda: stored(picture(), "JPEG")[:300],
     "JPEG, PNG or WebP": bomb,
     "it has too many pixels": lambda: stored(Image.new("1", (20_000, 20_000)), "PNG"),
-    "6000 × 4000 pixels, which is too many": lambda: stored(Image.new("L", (6000, 4000)), "JPEG", progressive=True),
+    "7000 × 4000 pixels, which is too many": lambda: stored(Image.new("L", (7000, 4000)), "JPEG", progressive=True),
     f"{LEAST_SIDE - 1} × {SIDE} pixels": lambda: stored(picture(width=LEAST_SIDE - 1)),
     "it is animated": lambda: stored(picture(), "WEBP", save_all=True, append_images=[picture(1)]),
     "it is blurred": lambda: stored(picture().filter(ImageFilter.GaussianBlur(40))),
@@ -123,15 +128,24 @@ def test_mutated_photos_never_raise() -> None:
         reason(mutated[: chance.integers(1, len(mutated) + 1)].tobytes())
 
 
-def test_no_photo_takes_much_memory() -> None:
-    contents = [BAD["it has too many pixels"](), stored(picture(width=7000, height=7000), "JPEG")]
-    tracemalloc.start()
-    try:
-        examine(contents)
-        assert tracemalloc.get_traced_memory()[1] < 50_000_000
-    finally:
-        tracemalloc.stop()
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from api.domain.photos import examine
+list(examine([Path(sys.argv[1]).read_bytes()]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+list(examine([Path(sys.argv[2]).read_bytes()]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
 
 
-def test_the_bounds_are_those_that_a_decoder_can_bear() -> None:
-    assert photos.MOST_PIXELS * 4 <= 50_000_000
+@pytest.mark.parametrize(
+    ("kind", "width", "height"),
+    [("JPEG", 8000, 6000), ("PNG", 4032, 3024), ("JPEG", 4000, 12500), ("WEBP", 9000, 9000)],
+)
+def test_no_photo_takes_much_memory(tmp_path: Path, kind: str, width: int, height: int) -> None:
+    usual, large = tmp_path / "usual", tmp_path / "large"
+    usual.write_bytes(stored(picture()))
+    large.write_bytes(stored(picture(width=width, height=height), kind))
+    ran = subprocess.run([sys.executable, "-c", MEASURE, usual, large], capture_output=True, check=True, cwd=ROOT)
+    assert int(ran.stdout) < 80_000_000  # the photo's file, its pixels, and what is kept

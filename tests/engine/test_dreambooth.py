@@ -5,6 +5,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from api.engine.dreambooth import SAMPLES, SCENES, Lesson, Report, Trained
+from api.engine import dreambooth
+from api.engine.dreambooth import SAMPLES, SCENES, Lesson, Report, Trained, _worth
+from api.engine.judge import Scores
 from api.engine.trainer import Trainer
-from api.errors import Cancelled, ModelUnavailable, TrainingFailed
+from api.errors import BadPicture, Cancelled, ModelUnavailable, TrainingFailed
 from api.model_service import ModelService
 from tests import builders
 
@@ -192,3 +195,40 @@ def test_other_pipelines_are_refused(tmp_path: Path) -> None:
             train(service, folder, tmp_path / "run")
     finally:
         service.close()
+
+
+def test_the_state_of_another_lesson_is_not_gone_on_from(open_service: Open, base_folder: Path, tmp_path: Path) -> None:
+    service, source, folder = open_service(), builders.source(base_folder), tmp_path / "run"
+    train(service, base_folder, folder)
+    other, begun = replace(LESSON, noun="dog"), list[int]()
+    service.train(source, other, folder, lambda report: begun.append(report.done))
+    assert 1 in begun
+
+
+def scored(likeness: float | None, obedience: float | None, variety: float = 1.0, step: int = 1) -> Trained:
+    return Trained(Path("x"), step, Scores(likeness, obedience, None if likeness is None else 1.0, variety), [])
+
+
+def test_what_may_be_published_goes_before_what_may_not_and_unknown_likeness_before_none() -> None:
+    refused, good = scored(1.0, 0.7), scored(0.8, 0.8)
+    assert max(refused, good, key=_worth) is good
+    early, late = scored(None, None, 0.9, step=3), scored(None, None, 0.7, step=5)
+    assert max(early, late, key=_worth) is late
+    assert max(early, scored(None, None, 0.1, step=5), key=_worth) is early
+
+
+def test_a_candidate_that_draws_nothing_is_dropped(
+    open_service: Open, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = dreambooth._judged
+
+    def last_is_lost(*given: Any) -> Trained:
+        if given[4] == STEPS:
+            raise BadPicture("lost")
+        return judged(*given)
+
+    monkeypatch.setattr(dreambooth, "_judged", last_is_lost)
+    assert train(open_service(), base_folder, tmp_path / "run").step < STEPS
+    monkeypatch.setattr(dreambooth, "_judged", lambda *given: (_ for _ in ()).throw(BadPicture("lost")))
+    with pytest.raises(TrainingFailed, match="none of its candidates"):
+        train(open_service(), base_folder, tmp_path / "other")
