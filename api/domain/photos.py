@@ -9,9 +9,9 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, ImageStat
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_BYTES = 20_000_000
@@ -112,13 +112,16 @@ def _spread(image: Image.Image) -> float:
     """Returns how sharp the picture is: the standard deviation of its Laplacian, in levels."""
     small = ImageOps.fit(image.convert("L"), (SHARP_SIDE, SHARP_SIDE))
     kernel = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
-    return float(np.asarray(small.filter(kernel), np.float32)[1:-1, 1:-1].std())
+    inside = small.filter(kernel).crop((1, 1, SHARP_SIDE - 1, SHARP_SIDE - 1))
+    return float(ImageStat.Stat(inside).stddev[0])
 
 
 def _fingerprint(image: Image.Image) -> int:
     """Returns which of the picture's cells are brighter than their right neighbours (dHash), as bits."""
-    small = np.asarray(image.convert("L").resize((FINGERPRINT_SIDE + 1, FINGERPRINT_SIDE), Image.Resampling.BOX), int)
-    return int("".join("1" if bit else "0" for bit in (small[:, 1:] > small[:, :-1]).ravel()), 2)
+    side = FINGERPRINT_SIDE
+    cells = image.convert("L").resize((side + 1, side), Image.Resampling.BOX).tobytes()
+    rows = [cells[first : first + side + 1] for first in range(0, len(cells), side + 1)]
+    return int("".join("1" if right > left else "0" for row in rows for left, right in pairwise(row)), 2)
 
 
 def _like(photo: Photo, others: Sequence[Photo]) -> str | None:

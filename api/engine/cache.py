@@ -2,8 +2,8 @@
 
 Who leaves first is GreedyDual-Size-Frequency (Cherkasova 1998, https://www.hpl.hp.com/techreports/98/HPL-98-69R1.html):
 a model is worth its uses × the seconds that a load takes ÷ the bytes that it holds, above what the last one to leave
-was worth, so that old fame fades. Among equals the least recently used leaves. But models of an owner who holds more
-than a share of the memory leave before all others, so that nobody flushes everybody else's models out.
+was worth, so that old fame fades. Among equals the least recently used leaves. But models of an owner who has several,
+and more than a share of the memory, leave before all others: nobody flushes everybody else's models out.
 
 Free of torch. What is cached is anything that can name its storages: `sizes` maps a storage's identity to
 `(device, bytes)`, so tensors that two models share are counted once, and freed with the last of them.
@@ -172,25 +172,28 @@ class ModelCache(Generic[T]):
                 if self._used[device] + wanted <= budget:
                     continue
                 idle = [entry for entry in self._entries.values() if entry.users == 0 and device in entry.devices]
-                owned = self._owned(device)
+                owned, models = self._owned(device)
                 owned[owner] += wanted
                 while idle and self._used[device] + wanted > budget:
-                    greedy = {one for one, size in owned.items() if one is not None and size > OWNER_SHARE * budget}
+                    share = OWNER_SHARE * budget
+                    greedy = {one for one, size in owned.items() if one and size > share and models[one] > 1}
                     # The first of equals: the least recently used one.
                     entry = min(idle, key=lambda entry: (entry.owner not in greedy, entry.worth))
-                    if entry.owner not in greedy:
+                    if entry.worth <= min(other.worth for other in idle):
                         self._least_worth = max(self._least_worth, entry.worth)
                     idle.remove(entry)
                     owned[entry.owner] -= entry.added_bytes
+                    models[entry.owner] -= 1
                     self._forget(entry)
 
-    def _owned(self, device: str) -> Counter[str | None]:
-        """Returns by owner the bytes that loading their models has added."""
-        owned: Counter[str | None] = Counter()
+    def _owned(self, device: str) -> tuple[Counter[str | None], Counter[str | None]]:
+        """Returns by owner the bytes that loading their models has added, and how many models these are."""
+        owned, models = Counter[str | None](), Counter[str | None]()
         for entry in self._held:
             if device in entry.devices and not entry.stale:
                 owned[entry.owner] += entry.added_bytes
-        return owned
+                models[entry.owner] += 1
+        return owned, models
 
     def _value(self, entry: _Entry[T]) -> None:
         """Says anew what keeping the model saves."""

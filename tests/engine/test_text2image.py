@@ -35,7 +35,7 @@ def find(folder: Path) -> FoundBase:
         ("flux", "FluxPipeline", 16, EULER),
         ("pixart", "PixArtSigmaPipeline", 16, ALL),
         ("qwen", "QwenImagePipeline", 16, EULER),
-        ("lcm", "LatentConsistencyModelPipeline", 8, frozenset()),
+        ("lcm", "LatentConsistencyModelPipeline", 8, frozenset({"lcm"})),
     ],
 )
 def test_a_folder_says_what_it_can_be_asked_for(
