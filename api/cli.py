@@ -14,11 +14,10 @@ import httpx2
 import typer
 from pydantic import ValidationError
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from api import __version__, cli_delta, cli_train, cli_users, cli_vault, serving
-from api.cli_people import console, errors_for_people, to_people
+from api.cli_people import console, errors_for_people, progress, to_people
 from api.config import DEFAULT_USER, Settings, load_settings
 from api.domain.accounts import check_host
 from api.errors import SitterError, StorageUnavailable
@@ -93,15 +92,11 @@ def generate(
             )
         settings = load_settings(log_level="warning")
         request = resolved(request, settings)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with (
-            open_models(settings) as models,
-            Progress(*columns, console=to_people, transient=True) as progress,
-        ):
-            bar = progress.add_task("loading", total=request.num_inference_steps)
+        with open_models(settings) as models, progress() as shown:
+            bar = shown.add_task("loading", total=request.num_inference_steps)
             generation = models.generate(
                 request,
-                lambda step: progress.update(bar, description="drawing", completed=step.done, total=step.of),
+                lambda step: shown.update(bar, description="drawing", completed=step.done, total=step.of),
             )
         output.write_bytes(generation.pngs[0])
         for warning in generation.warnings:

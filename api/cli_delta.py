@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from api.cli_people import errors_for_people, to_people
+from api.cli_people import entry_of, errors_for_people, to_people
 from api.config import ModelSource, load_settings, locate
 from api.errors import InvalidRequest
 from api.model_service import ModelService
@@ -59,9 +59,8 @@ def make_delta(
     if not passed:
         to_people.print("[yellow]It may not stand for the checkpoint[/], and was not kept. Try a higher --rank.")
         raise typer.Exit(1)
-    entry = source.model_copy(update={"delta": str(file)}).model_dump(exclude_defaults=True)
-    said = ", ".join(f"{name}: {value}" for name, value in entry.items())
-    to_people.print(f"It may stand for the checkpoint. In USER_MODELS:\n  {user}: {{{escape(said)}}}", soft_wrap=True)
+    entry = entry_of(user, source.model_copy(update={"delta": str(file)}))
+    to_people.print(f"It may stand for the checkpoint. In USER_MODELS:\n  {entry}", soft_wrap=True)
 
 
 def _drawing(prompt: str, seed: int) -> GenerateRequest:

@@ -7,11 +7,25 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from api.config import ModelSource
 from api.errors import SettingsError, SitterError
 
 console = Console()
 to_people = Console(stderr=True, highlight=False)
+
+
+def entry_of(user: str, source: ModelSource) -> str:
+    """Returns what USER_MODELS says of a user who has that model, as YAML on a line."""
+    fields = source.model_dump(exclude_defaults=True)
+    return escape(f"{user}: {{{', '.join(f'{name}: {value}' for name, value in fields.items())}}}")
+
+
+def progress() -> Progress:
+    """Returns a bar with what is done of how much and the time left, which goes away at its end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=to_people, transient=True)
 
 
 @contextmanager

@@ -2,24 +2,24 @@
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from PIL import Image
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from api.cli_people import errors_for_people, to_people
+from api.cli_people import entry_of, errors_for_people, progress, to_people
 from api.config import DEFAULT_USER, USER_ID, ModelSource, Settings, load_settings
 from api.domain.photos import MOST_BYTES, Photo, Verdict, examine
+from api.engine.lesson import Lesson
 from api.errors import Forbidden, InvalidRequest, StorageUnavailable
+from api.whole import write_whole
 from api.wiring import open_models
 
 if TYPE_CHECKING:
-    from api.engine.dreambooth import Lesson, Report, Trained
+    from api.engine.dreambooth import Report, Trained
 
 LEAST, MOST = 3, 20  # photos
 
@@ -55,18 +55,17 @@ def train_sitter(
         if not force and (there := [one for one in (file, file.with_suffix(".png")) if one.exists()]):
             raise InvalidRequest(f"{there[0]} is there already", "Choose another name, or say --force.")
         over = ModelSource(base=base) if base else settings.source_for(DEFAULT_USER).without_lora().itself()
-        photos = _examined(pictures)
+        photos = [photo.png for photo in _examined(pictures)]
+        lesson = Lesson(photos, class_noun, steps=steps, rank=rank, seed=seed, flip=flip)
         work = settings.data_dir / "trainings" / name
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             work.mkdir(parents=True, exist_ok=True)
-            lesson = partial(_lesson, photos, class_noun, steps, rank, seed, flip)
             told = _train(settings, over, lesson, work, file)
         except OSError as error:
             raise StorageUnavailable(f"the model cannot be kept: {error.strerror}") from error
-    entry = over.model_copy(update={"lora": str(file)}).model_dump(exclude_defaults=True)
-    said = ", ".join(f"{key}: {value}" for key, value in entry.items())
-    to_people.print(f"{escape(told)}In USER_MODELS:\n  {escape(name)}: {{{escape(said)}}}", soft_wrap=True)
+    entry = entry_of(name, over.model_copy(update={"lora": str(file)}))
+    to_people.print(f"{escape(told)}In USER_MODELS:\n  {entry}", soft_wrap=True)
 
 
 def _examined(folder: Path) -> list[Photo]:
@@ -87,29 +86,20 @@ def _examined(folder: Path) -> list[Photo]:
     return good
 
 
-def _lesson(photos: Sequence[Photo], noun: str, steps: int | None, rank: int | None, seed: int, flip: bool) -> "Lesson":
-    from api.engine.dreambooth import Lesson  # once torch is there: two threads that import it trip over each other
-
-    return Lesson([photo.png for photo in photos], noun, steps=steps, rank=rank, seed=seed, flip=flip)
-
-
-def _train(settings: Settings, over: ModelSource, lesson: "Callable[[], Lesson]", work: Path, file: Path) -> str:
+def _train(settings: Settings, over: ModelSource, lesson: Lesson, work: Path, file: Path) -> str:
     """Trains, keeps the best candidate as `file` and its samples beside it, and says how good it is.
 
     What is in `work` is gone on from; it is removed at the end.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with open_models(settings) as models, Progress(*columns, console=to_people, transient=True) as progress:
-        bar = progress.add_task("caching", total=None)
+    with open_models(settings) as models, progress() as shown:
+        bar = shown.add_task("caching", total=None)
 
         def show(report: "Report") -> None:
             loss = f", loss {report.loss:.3f}" if report.loss is not None else ""
-            progress.update(bar, description=f"{report.phase}{loss}", completed=report.done, total=report.of or None)
+            shown.update(bar, description=f"{report.phase}{loss}", completed=report.done, total=report.of or None)
 
-        _ = models.engine  # waits for torch
-        trained = models.train(over, lesson(), work, show)
-    shutil.copyfile(trained.file, file.with_suffix(".part"))
-    file.with_suffix(".part").replace(file)
+        trained = models.train(over, lesson, work, show)
+    write_whole(file, trained.file.read_bytes(), mode=0o644, prefix=".")
     sheet = file.with_suffix(".png")
     _sheet(trained.samples).save(sheet)
     shutil.rmtree(work)

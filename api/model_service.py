@@ -21,6 +21,7 @@ import structlog
 
 from api.config import ModelSource, Settings
 from api.engine.cache import ModelCache
+from api.engine.lesson import Lesson
 from api.engine.shelf import LeasedModel, Shelf
 from api.engine.turns import Turns
 from api.errors import EngineUnavailable, ModelUnavailable, ShuttingDown
@@ -29,7 +30,7 @@ from api.schemas import GenerateRequest, Lane, Timings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from api.engine.dreambooth import Lesson, OnReport, Trained
+    from api.engine.dreambooth import OnReport, Trained
     from api.engine.engine import Engine
     from api.engine.pipeline import Drawing, OnStep, Step
 
@@ -190,7 +191,7 @@ class ModelService:
     def train(
         self,
         source: ModelSource,
-        lesson: "Lesson",
+        lesson: Lesson,
         folder: Path,
         report: "OnReport",
         check: Callable[[], None] = lambda: None,

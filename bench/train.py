@@ -17,7 +17,7 @@ from PIL import Image
 
 from api.config import ROOT, ModelSource, load_settings
 from api.domain.photos import examine
-from api.engine.dreambooth import Lesson
+from api.engine.lesson import Lesson
 from api.model_service import ModelService
 from api.schemas import GenerateRequest
 from bench.figures import Figure, at_least, at_most, seconds
@@ -53,7 +53,7 @@ def figures(people: int = PEOPLE) -> Iterator[Figure]:
             yield at_most("train_seconds", statistics.median(spent), "s", 120)
             yield Figure("the longest of them", max(spent), "s")
             yield at_least("train_likeness", kept.share, "share", 0.9)
-            yield at_least("train_obedience", obeyed.share / _obeyed(base).share, "ratio", 0.95)
+            yield at_least("train_obedience", obeyed.share / _note_obeyed(base, Score()).share, "ratio", 0.95)
             yield at_most("train_generation_p95_ratio", _p95_ratio(models, identities[0], Path(folder)), "ratio", 1.5)
         finally:
             models.close()
@@ -87,12 +87,10 @@ def _judge(identity: Identity, seen: Sequence[Reading], kept: Score, obeyed: Sco
         for key in IDENTITY:
             if spec.shows(key):
                 kept.add(reading[key] == spec.value(key))
-        obeyed.add(reading["costume"] == scene.costume)
-        obeyed.add(reading["place"] == scene.place)
+    _note_obeyed(seen, obeyed)
 
 
-def _obeyed(seen: Sequence[Reading]) -> Score:
-    score = Score()
+def _note_obeyed(seen: Sequence[Reading], score: Score) -> Score:
     for reading, scene in zip(seen, NEW_SCENES, strict=True):
         score.add(reading["costume"] == scene.costume)
         score.add(reading["place"] == scene.place)

@@ -16,11 +16,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from api.config import ModelSource, Settings
 from api.engine.adapters import COMPONENTS, Adapter, Layer, Norm, merged
 from api.schemas import GenerateRequest
+from bench import random_model
 
 Tensors = dict[str, torch.Tensor]
 
-TOKENIZER = Path(__file__).parent.parent / "models/demo/tokenizer"
 
+SCHEDULER = random_model.SCHEDULER  # those of Stable Diffusion 1, also in small
 UNET = {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -38,18 +39,10 @@ VAE = {
     "latent_channels": 4,
     "norm_num_groups": 2,
 }
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def read_tokenizer() -> Any:
-    return CLIPTokenizer.from_pretrained(TOKENIZER)
+    return CLIPTokenizer.from_pretrained(random_model.TOKENIZER)
 
 
 def pipeline(seed: int = 0, *, vae: Mapping[str, Any] = VAE, scheduler: Any = None) -> StableDiffusionPipeline:

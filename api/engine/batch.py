@@ -60,7 +60,7 @@ class Batch:
         self._share = share
         self._credit = 0.0  # seconds that what runs behind may take while there are tasks
         self._work: deque[_Work] = deque()
-        self._behind_tasks: deque[_Work] = deque()
+        self._work_behind: deque[_Work] = deque()
         self._most_rows = most_rows
         self._knee = knee
         self._free_memory = free_memory
@@ -124,7 +124,7 @@ class Batch:
             ShuttingDown: the server stops.
             Exception: what `action` raises.
         """
-        return self._wait_for(self._behind_tasks, action)
+        return self._wait_for(self._work_behind, action)
 
     def _wait_for(self, queue: "deque[_Work]", action: Callable[[], T]) -> T:
         done = Future[T]()
@@ -150,10 +150,10 @@ class Batch:
             with self._changed:
                 if not self._tasks:
                     self._most_cost = math.inf  # whoever comes next may find more memory
-                self._changed.wait_for(lambda: self._tasks or self._work or self._behind_tasks or self._stopping)
+                self._changed.wait_for(lambda: self._tasks or self._work or self._work_behind or self._stopping)
                 if self._stopping:
                     self._end(self._tasks, ShuttingDown("the server is stopping"))
-                    for done, _ in (*self._work, *self._behind_tasks):
+                    for done, _ in (*self._work, *self._work_behind):
                         done.set_exception(ShuttingDown("the server is stopping"))
                     return
             self._turn_once()  # whose locals keep nothing alive while the loop waits
@@ -176,8 +176,8 @@ class Batch:
         with self._changed:
             if self._work:
                 work, behind = self._work.popleft(), False
-            elif self._behind_tasks and (self._credit > 0 or not self._in_front()):
-                work, behind = self._behind_tasks.popleft(), True
+            elif self._work_behind and (self._credit > 0 or not self._in_front()):
+                work, behind = self._work_behind.popleft(), True
             else:
                 return
         began = time.perf_counter()

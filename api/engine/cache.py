@@ -147,10 +147,7 @@ class ModelCache(Generic[T]):
             raise
         with self._lock:
             before = self._used.total()
-            for storage, (device, size) in loaded.sizes.items():
-                held = self._storages.get(storage, (device, size, 0))[2]
-                self._storages[storage] = (device, size, held + 1)
-                self._used[device] += 0 if held else size
+            self._count(loaded.sizes)
             entry.load_seconds = max(QUICK_SECONDS, time.perf_counter() - began)
             entry.added_bytes = max(1, self._used.total() - before)
             self._value(entry)
@@ -158,6 +155,13 @@ class ModelCache(Generic[T]):
             self._held.add(entry)
             entry.future.set_result(loaded)
         self._make_room({}, entry.owner)
+
+    def _count(self, sizes: Sizes) -> None:
+        """Adds a model that is held to the books."""
+        for storage, (device, size) in sizes.items():
+            held = self._storages.get(storage, (device, size, 0))[2]
+            self._storages[storage] = (device, size, held + 1)
+            self._used[device] += 0 if held else size
 
     def _make_room(self, expected: Mapping[str, int], owner: str | None = None) -> None:
         """Evicts idle models, in the order that the module tells, until `expected` more bytes of `owner` fit."""
@@ -268,10 +272,7 @@ class ModelCache(Generic[T]):
             self._storages, self._used = {}, Counter()
             self._held = {entry for entry in self._held if entry.users or not entry.stale}
             for entry in self._held:
-                for storage, (device, size) in entry.future.result().sizes.items():
-                    held = self._storages.get(storage, (device, size, 0))[2]
-                    self._storages[storage] = (device, size, held + 1)
-                    self._used[device] += 0 if held else size
+                self._count(entry.future.result().sizes)
 
     def _describe(self, entry: _Entry[T]) -> EntryInfo:
         sizes = entry.future.result().sizes

@@ -25,6 +25,7 @@ from api.engine.adapters import Adapter, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.judge import Scores, judge
+from api.engine.lesson import Lesson
 from api.engine.pipeline import decode, draw, drawn_size, latents_of
 from api.engine.reader import AttributeReader
 from api.engine.threads import in_own_thread
@@ -74,27 +75,6 @@ log = structlog.get_logger()
 Phase = Literal["caching", "training", "validating"]
 Check = Callable[[], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What is to be learned: photos (PNG) of somebody who shall answer to `token` and the class noun.
-
-    Steps, rank and seed are the base's own choice where they are None; `flip` adds every photo's mirror image.
-    """
-
-    photos: Sequence[bytes]
-    noun: str
-    token: str = "sks"
-    steps: int | None = None
-    rank: int | None = None
-    seed: int = 0
-    flip: bool = False
-
-    @property
-    def who(self) -> str:
-        """The words for the sitter."""
-        return f"{self.token} {self.noun}"
 
 
 class Training:

@@ -26,8 +26,9 @@ from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.cache import Loaded
 from api.engine.combined import combined, name_of
-from api.engine.dreambooth import Check, Lesson, OnReport, Trained, train
+from api.engine.dreambooth import Check, OnReport, Trained, train
 from api.engine.knee import Knee
+from api.engine.lesson import Lesson
 from api.engine.pipeline import Drawing, OnStep, draw, draw_stock, drawn_size
 from api.engine.preview import fitted
 from api.engine.reader import load_reader

@@ -76,7 +76,7 @@ def load_reader(folder: Path) -> AttributeReader:
         net.load_state_dict(tensors)
         return AttributeReader(net.eval().requires_grad_(False), tuple(config["identity"]), tuple(config["scene"]))
     except Exception as error:
-        raise ModelUnavailable(f"the reader in {folder.name} cannot be loaded", "Check JUDGE.") from error
+        raise ModelUnavailable(f"the reader in {folder.name} cannot be loaded", "Check JUDGES.") from error
 
 
 def _tensor(picture: Image.Image) -> Tensor:

@@ -4,9 +4,7 @@ import copy
 import errno
 import hashlib
 import json
-import os
 import struct
-import tempfile
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from api.errors import ModelUnavailable, SitterError
+from api.whole import write_whole
 
 NOTE = "sitter_note"  # in the metadata of what `save_whole` writes
 Module = TypeVar("Module", bound=nn.Module)
@@ -168,16 +167,7 @@ def save_whole(tensors: Mapping[str, torch.Tensor], file: Path, note: str | None
         OSError: it cannot be written; what was there before is.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(save(dict(tensors), None if note is None else {NOTE: note}))
-            opened.flush()
-            os.fsync(opened.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(file, save(dict(tensors), None if note is None else {NOTE: note}), mode=0o600, prefix=".")
 
 
 def load_noted(file: Path, note: str | None = None) -> dict[str, torch.Tensor] | None:

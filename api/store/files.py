@@ -16,10 +16,9 @@ from anyio import CapacityLimiter, to_thread
 
 from api.config import USER_ID
 from api.errors import NotFound, StorageFull, StorageUnavailable
+from api.whole import write_whole
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # exFAT, some network disks
-NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}  # fsync, on some network disks
 
 ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
 LOOK_SECONDS = 1.0  # between looks at it
@@ -167,58 +166,3 @@ class PictureFolder:
                 with suppress(FileNotFoundError):  # somebody removed it meanwhile
                     if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < oldest:
                         yield entry
-
-
-def write_whole(path: Path, data: bytes, mode: int, prefix: str, replace: bool = True) -> None:
-    """Writes a file that is whole or not there at all, also when the power fails.
-
-    Args:
-        path: what it shall be called.
-        data: what it shall hold.
-        mode: its permissions.
-        prefix: of its name until it is whole.
-        replace: whether it takes the place of one that has its name.
-
-    Raises:
-        FileExistsError: it is there already and `replace` is false.
-        OSError: it cannot be written; what was there before is.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        if replace:
-            part.replace(path)
-        else:
-            _name_once(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _name_once(part: Path, path: Path) -> None:
-    """Gives the file `part` the name `path` too. Raises FileExistsError when that is taken."""
-    try:
-        os.link(part, path)
-    except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
-            raise
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-        part.replace(path)  # of two at the same moment the last one wins
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` last, where the disk knows how."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NOT_FOR_FOLDERS:
-            raise
-    finally:
-        os.close(handle)

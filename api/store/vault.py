@@ -20,8 +20,8 @@ from sqlalchemy.orm import InstrumentedAttribute
 from api.config import Settings
 from api.errors import SettingsError, SitterError
 from api.store.database import Database
-from api.store.files import write_whole
 from api.store.tables import Answer, Image, Request
+from api.whole import write_whole
 
 KEY_FILE = "secret.key"
 SHORTEST_KEY = 32  # characters: 128 bits even when they are hexadecimal

@@ -301,7 +301,7 @@ def test_closing_ends_what_waits_behind(users: Crowd) -> None:
         held = threads.submit(batch.run_behind, hold)
         assert began.wait(PATIENCE)
         waits = threads.submit(batch.run_behind, hold)
-        while not batch._behind_tasks:
+        while not batch._work_behind:
             os.sched_yield()
         closing = threads.submit(batch.close)
         while not batch._stopping:

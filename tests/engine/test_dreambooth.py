@@ -16,8 +16,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from api.engine import dreambooth
-from api.engine.dreambooth import SAMPLES, SCENES, Lesson, Report, Trained, _worth
+from api.engine.dreambooth import SAMPLES, SCENES, Report, Trained, _worth
 from api.engine.judge import Scores
+from api.engine.lesson import Lesson
 from api.engine.trainer import Trainer
 from api.errors import BadPicture, Cancelled, ModelUnavailable, TrainingFailed
 from api.model_service import ModelService

@@ -13,7 +13,8 @@ import pytest
 
 from api.errors import NotFound, StorageFull, StorageUnavailable
 from api.store import files
-from api.store.files import PictureFolder, write_whole
+from api.store.files import PictureFolder
+from api.whole import write_whole
 
 NAME = "user_123_20250107_143022_93f21d07.png"
 WRITERS = 8

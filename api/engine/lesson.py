@@ -1,0 +1,25 @@
+"""What a sitter's training is given. Free of torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is to be learned: photos (PNG) of somebody who shall answer to `token` and the class noun.
+
+    Steps and rank are the base's own choice where they are None; `flip` adds every photo's mirror image.
+    """
+
+    photos: Sequence[bytes]
+    noun: str
+    token: str = "sks"
+    steps: int | None = None
+    rank: int | None = None
+    seed: int = 0
+    flip: bool = False
+
+    @property
+    def who(self) -> str:
+        """The words for the sitter."""
+        return f"{self.token} {self.noun}"
