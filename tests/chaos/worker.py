@@ -23,13 +23,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from api import cli, serving, wiring
+from api import cli, serving, whole, wiring
 from api.domain import crashes, generate, jobs, webhooks, worker
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer, Parcel
 from api.engine.engine import Engine
 from api.errors import DeviceLost
-from api.store import files, postgresql, tables
+from api.store import postgresql, tables
 from api.store.database import Database
 
 POINTS = ("claimed", "drawing", "drawn", "part", "saved", "publishing", "published")
@@ -167,7 +167,7 @@ class Faults:
             (jobs, "claim", claim_then),
             (worker._InHand, "on_step", on_step_then),
             (worker, "draw", draw_then),
-            (files, "os", SimpleNamespace(**{**vars(os), "fsync": sync_then})),  # type: ignore[list-item]
+            (whole, "os", SimpleNamespace(**{**vars(os), "fsync": sync_then})),  # type: ignore[list-item]
             (worker, "save", save_then),
             (jobs, "_end", end_then),
             (jobs, "publish", publish_then),
