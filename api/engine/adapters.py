@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -127,6 +127,12 @@ class NormDelta:
 Delta: TypeAlias = LayerDelta | NormDelta
 
 
+def _pinned(delta: Delta) -> Delta:
+    values = vars(delta).items()
+    tensors: dict[str, Any] = {name: value.pin_memory() for name, value in values if isinstance(value, torch.Tensor)}
+    return replace(delta, **tensors)
+
+
 def _sum(parameter: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return (parameter.float() + change.to(parameter.device, torch.float32)).to(parameter.dtype)
 
@@ -152,6 +158,10 @@ class Adapter:
     def of(self, component: str) -> dict[str, Delta]:
         """Returns what it changes in a component, by the layer's name."""
         return {delta.layer: delta for delta in self.deltas if delta.component == component}
+
+    def pinned(self) -> "Adapter":
+        """Returns it in host memory that a CUDA device reads by itself (page-locked)."""
+        return replace(self, deltas=tuple(_pinned(delta) for delta in self.deltas))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yields every tensor that is kept."""

@@ -234,6 +234,8 @@ class Engine:
             return Loaded(changed, weights.storages_of(changed.tensors()))
         with self._told_apart():
             adapter = in_own_thread(partial(load_adapter, file, base.pipeline, strength))
+            if self.device == "cuda":
+                adapter = in_own_thread(adapter.pinned)
 
         def drop() -> None:
             for in_memory in self._in_memory():  # the base may have left and come back meanwhile

@@ -72,8 +72,10 @@ class Table:
         self.down[slot, rank:] = 0
         self.up[slot, :, rank:] = 0
         if delta:
-            self.down[slot, :rank].copy_(delta.down.reshape(rank, *self.down.shape[2:]))
-            self.up[slot, :, :rank].copy_(delta.up.flatten(1).float() * delta.scale)
+            # First to the device as they are: from pinned memory that does not hold up the CPU.
+            down, up = (factor.to(self.down.device, non_blocking=True) for factor in (delta.down, delta.up))
+            self.down[slot, :rank].copy_(down.reshape(rank, *self.down.shape[2:]))
+            self.up[slot, :, :rank].copy_(up.flatten(1).float() * delta.scale)
         self._write_bias(slot, delta.bias if delta else None)
 
     def _write_bias(self, slot: int, change: Tensor | None) -> None:

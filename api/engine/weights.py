@@ -27,7 +27,13 @@ MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 10_000
 FINGERPRINT_VALUES = 64
 # What PyTorch says in a plain RuntimeError: its CPU and Apple allocators, and CUDA's libraries.
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "backend out of memory", "_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "backend out of memory",
+    "error: out of memory",  # of page-locked memory
+    "_STATUS_ALLOC_FAILED",
+)
 SAFETENSORS_HINT = (
     "Only safetensors are loaded, never pickles (.bin, .ckpt, .pt). Save the model again as .safetensors."
 )
