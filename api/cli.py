@@ -91,7 +91,7 @@ def generate(
                 f"there is no folder {output.parent} for the picture", "Make it, or choose another -o."
             )
         settings = load_settings(log_level="warning")
-        request = resolved(request, settings)
+        request = resolved(request, settings.source_for(user), settings)
         with open_models(settings) as models, progress() as shown:
             bar = shown.add_task("loading", total=request.num_inference_steps)
             generation = models.generate(

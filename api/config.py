@@ -106,9 +106,9 @@ class ModelSource(BaseModel):
         """The name the API answers with: the adapter's where there is one, else the base's."""
         return self.lora or self.base
 
-    def without_lora(self) -> Self:
+    def without_lora(self) -> "ModelSource":
         """Returns the base alone: what users with different adapters share."""
-        return self if self.lora is None else self.model_copy(update={"lora": None, "lora_scale": 1.0})
+        return self if self.lora is None else ModelSource(base=self.base, config=self.config)
 
     def itself(self) -> Self:
         """Returns the model without what may be drawn in its place."""

@@ -19,7 +19,20 @@ from api.domain.metrics import Metrics
 from api.domain.users import offer_setup
 from api.errors import SettingsError, SitterError
 from api.model_service import ModelService
-from api.routes import accounts, admin, cache, generate, health, images, jobs, metrics, privacy, setup
+from api.routes import (
+    accounts,
+    admin,
+    cache,
+    generate,
+    health,
+    images,
+    jobs,
+    metrics,
+    models,
+    privacy,
+    setup,
+    trainings,
+)
 from api.routes.docs import add_docs
 from api.routes.errors import add_error_handlers, error_responses
 from api.routes.guard import add_guard
@@ -33,13 +46,13 @@ DESCRIPTION = """Draws people from their own fine-tuned models: `sks person` in 
 Every error has one shape: `{"error": code, "detail": what happened, "hint": what to do}`."""
 
 
-def create_app(settings: Settings, models: MakeModels = ModelService) -> FastAPI:
+def create_app(settings: Settings, make_models: MakeModels = ModelService) -> FastAPI:
     """Returns the application. The service opens with its lifespan; torch is imported in the background then."""
     counters = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_service(settings, counters, models) as service, working(service, settings.workers):
+        async with open_service(settings, counters, make_models) as service, working(service, settings.workers):
             app.state.service = service
             await offer_setup(service.accounts)
             with _draining_when_told(service):
@@ -57,7 +70,7 @@ def create_app(settings: Settings, models: MakeModels = ModelService) -> FastAPI
     )
     app.add_middleware(BodyLimit)
     add_error_handlers(app)
-    for room in (generate, jobs, images, accounts, privacy, admin, setup, health, metrics, cache):
+    for room in (generate, jobs, images, models, trainings, accounts, privacy, admin, setup, health, metrics, cache):
         app.include_router(room.router)
     add_docs(app)
     add_guard(app, settings)

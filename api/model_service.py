@@ -5,26 +5,28 @@ Loads, texts and decoding run on the threads that ask for them; the engine's ste
 """
 
 import gc
+import hashlib
 import io
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from api.config import ModelSource, Settings
+from api.config import FastSource, ModelSource, Settings
 from api.engine.cache import ModelCache
 from api.engine.lesson import Lesson
+from api.engine.own import OwnModel
 from api.engine.shelf import LeasedModel, Shelf
 from api.engine.turns import Turns
-from api.errors import EngineUnavailable, ModelUnavailable, ShuttingDown
+from api.errors import EngineUnavailable, InvalidRequest, ModelUnavailable, ShuttingDown
 from api.schemas import GenerateRequest, Lane, Timings
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Generation:
     lane: Lane
     timings: Timings
     device_seconds: float  # its share of the device's time
+    base_hash: str
+    version_hash: str | None = None  # of the user's own model, if that drew
     unread: dict[str, str] = field(default_factory=dict)  # by field of the request
     notes: list[str] = field(default_factory=list)  # of what else the model could not do
 
@@ -80,6 +84,7 @@ class Memory:
 @dataclass(frozen=True)
 class _Drawn:
     drawing: "Drawing"
+    base_hash: str
     cache_hit: bool
     load_seconds: float
     queue_seconds: float
@@ -120,6 +125,7 @@ class ModelService:
         request: GenerateRequest,
         on_step: "OnStep" = lambda step: None,
         check: Callable[[], None] = lambda: None,
+        own: Sequence[tuple[OwnModel, float]] = (),
     ) -> Generation:
         """Returns the pictures of `request`. Blocks until they are drawn: call it off the event loop.
 
@@ -127,15 +133,17 @@ class ModelService:
             request: what to draw, and for whom; a user without a model gets the default's.
             on_step: called after each denoising step, on the step loop's thread; whatever it raises ends the drawing.
             check: called now and then while the request waits for its first step; whatever it raises ends that.
+            own: the user's own models that draw, in place of what is configured, and how much each counts.
 
         Raises:
             SitterError: the model is unavailable, memory ran out, the picture is not one, or the server stops.
         """
-        source = self._settings.source_for(request.user_id)
-        model_id = source.model_id
+        source, riders = _sources(own) if own else (self._settings.source_for(request.user_id), ())
+        model_id = "+".join(one.model_id for one, _ in own) or source.model_id
+        fast = self._fast_for(source) if request.preset else None
         source = source.itself() if request.reproducible else self._shelf.drawn_as(source)
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
-        drawn = self._draw_with_model(source, request, seed, on_step, check)
+        drawn = self._draw_with_model(source, riders, fast, request, seed, on_step, check)
         began = time.perf_counter()
         pngs = [_encode(image) for image in drawn.drawing.images]
         timings = Timings(
@@ -157,6 +165,8 @@ class ModelService:
             drawing.lane,
             timings,
             drawing.device_seconds,
+            drawn.base_hash,
+            _hash_of(own),
             drawing.unread,
             drawing.notes,
         )
@@ -222,6 +232,16 @@ class ModelService:
             others = [source for user, source in self._settings.user_models.items() if user != user_id]
             self._shelf.forget(self._settings.source_for(user_id), others)
 
+    def revoke(self, version_ids: Collection[str]) -> None:
+        """Drops versions of own models from memory once they are not used, and lets nobody have them again."""
+        with suppress(EngineUnavailable):  # it has loaded nothing then, and never will
+            self._shelf.revoke(version_ids)
+
+    def warm_up(self, own: OwnModel) -> None:
+        """Loads a user's own model, so that their first picture does not wait for it. Raises as `generate` does."""
+        with self._shelf.lease(own, owner=own.owner):
+            pass
+
     def clear_cache(self) -> tuple[int, int]:
         """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
         return self._shelf.clear()
@@ -237,6 +257,8 @@ class ModelService:
     def _draw_with_model(
         self,
         source: ModelSource,
+        riders: Sequence[tuple[OwnModel, float]],
+        fast: FastSource | None,
         request: GenerateRequest,
         seed: int,
         on_step: "OnStep",
@@ -246,9 +268,6 @@ class ModelService:
         found.check_size(request.width, request.height)
         found.check_preset(request.preset)
         found.check_scheduler(request.scheduler)
-        fast = self._settings.fast_for(self._settings.source_for(request.user_id)) if request.preset else None
-        if request.preset and fast is None:
-            raise ModelUnavailable("its model has no fast preset any more", "Ask again without a preset.")
         asked = time.perf_counter()
 
         def still_wanted() -> None:
@@ -263,13 +282,22 @@ class ModelService:
         with self._turns.turn(source.without_lora(), still_wanted):
             still_wanted()
             turn = time.perf_counter()
-            with self._shelf.lease(source, fast, self._owners.get(source.model_id)) as model:
+            own = riders or isinstance(source, OwnModel)
+            owner = request.user_id if own else self._owners.get(source.model_id)
+            with self._shelf.lease(source, fast, owner, riders) as model:
                 still_wanted()
                 leased = time.perf_counter()
                 drawing = self._shelf.retried_without_idle(
                     lambda: self.engine.draw(model, request, seed, checked_step, still_wanted)
                 )
-                return _Drawn(drawing, model.cache_hit, load_seconds=leased - turn, queue_seconds=turn - asked)
+                return _Drawn(
+                    drawing, model.base_hash, model.cache_hit, load_seconds=leased - turn, queue_seconds=turn - asked
+                )
+
+    def _fast_for(self, source: ModelSource) -> FastSource:
+        if (fast := self._settings.fast_for(source)) is None:
+            raise ModelUnavailable("its model has no fast preset any more", "Ask again without a preset.")
+        return fast
 
     def _check_when_idle(self) -> None:
         """Now and then, when nothing is drawn: free and used are all there is, in the cache and in the slots."""
@@ -282,6 +310,30 @@ class ModelService:
         # The main thread is gone when the process was told to end at once, without `close`.
         if self._stopping.is_set() or not threading.main_thread().is_alive():
             raise ShuttingDown("the server is stopping")
+
+
+def _sources(own: Sequence[tuple[OwnModel, float]]) -> tuple[ModelSource, Sequence[tuple[OwnModel, float]]]:
+    """Returns what is leased for own models: the one that draws as it is, or their base and what rides on it.
+
+    Raises:
+        InvalidRequest: they are not LoRAs over one base.
+    """
+    (first, weight), *others = own
+    if not others and weight == 1.0:
+        return first, ()
+    if any(one.lora is None or one.without_lora() != first.without_lora() for one, _ in own):
+        raise InvalidRequest("only LoRAs over the same base can be weighed or mixed", "Name one model alone.")
+    return first.without_lora(), own
+
+
+def _hash_of(own: Sequence[tuple[OwnModel, float]]) -> str | None:
+    """Returns the hash of the version that drew, or of all that did and how much each counted."""
+    if not own:
+        return None
+    (first, weight), *others = own
+    if not others and weight == 1.0:
+        return first.sha256
+    return hashlib.sha256(repr([(one.sha256, weight) for one, weight in own]).encode()).hexdigest()
 
 
 def _start(settings: Settings) -> "tuple[Engine, Shelf]":

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from api.config import DEFAULT_USER, Scheduler, Settings, UserId
+from api.config import DEFAULT_USER, USER_ID, ModelSource, Scheduler, Settings, UserId
 from api.errors import InvalidRequest
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -27,10 +27,28 @@ def _says_something(text: str) -> str:
     return text
 
 
+ModelName = Annotated[str, Field(pattern=f"^{USER_ID}$")]
+VersionNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class AdapterChoice(BaseModel):
+    """One of several own models that draw together."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
+
+    model: ModelName = Field(description="Its name or id.", examples=["eve"])
+    model_version: VersionNumber | None = Field(
+        default=None, description="Which version; null is the one that is published.", examples=[None]
+    )
+    weight: float = Field(
+        default=1.0, ge=-2.0, le=2.0, allow_inf_nan=False, description="How much it counts.", examples=[0.7]
+    )
+
+
 class GenerateRequest(BaseModel):
     """What to draw, for whom, and how."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
 
     prompt: Annotated[str, AfterValidator(_says_something)] = Field(
         max_length=MAX_PROMPT_CHARACTERS,
@@ -90,6 +108,21 @@ class GenerateRequest(BaseModel):
         "that are not said follow it. null draws as usual.",
         examples=[None],
     )
+    model: ModelName | None = Field(
+        default=None,
+        description="Which of the user's own models draws, by name or id; null is the one published last, else the "
+        "configured one, which `default` names, too.",
+        examples=[None],
+    )
+    model_version: VersionNumber | None = Field(
+        default=None, description="Which version of `model`; null is the one that is published.", examples=[None]
+    )
+    adapters: list[AdapterChoice] = Field(
+        default_factory=list,
+        max_length=4,
+        description="Several own models over one base that draw together, each by its weight; in place of `model`.",
+        examples=[[]],
+    )
     reproducible: bool = Field(
         default=False,
         description="Draw it in no batch with others, whose number changes the last digits: slower, and the same "
@@ -98,21 +131,34 @@ class GenerateRequest(BaseModel):
     )
 
     @model_validator(mode="after")
+    def _one_way_to_name_models(self) -> Self:
+        if self.adapters and self.model is not None:
+            raise ValueError("model and adapters: give one of the two")
+        if self.model_version is not None and self.model in (None, DEFAULT_USER):
+            raise ValueError("model_version: name its model, too")
+        return self
+
+    @model_validator(mode="after")
     def _seeds_fit(self) -> Self:
         if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError("seed: too large for that many pictures")
         return self
 
 
-def resolved(request: GenerateRequest, settings: Settings) -> GenerateRequest:
+def resolved(request: GenerateRequest, source: ModelSource, settings: Settings) -> GenerateRequest:
     """Returns the request with what its preset says of steps, guidance and sampler, where it says nothing itself.
+
+    Args:
+        request: as it came.
+        source: what draws it.
+        settings: what each base draws fast with.
 
     Raises:
         InvalidRequest: its model has no such preset.
     """
     if request.preset is None:
         return request
-    fast = settings.fast_for(settings.source_for(request.user_id))
+    fast = settings.fast_for(source)
     if fast is None:
         raise InvalidRequest("this model has no preset fast", "Leave preset out; FAST_MODELS is where it is given.")
     follows = fast.model_dump(include={"num_inference_steps", "guidance_scale", "scheduler"})

@@ -37,7 +37,7 @@ def write_whole(path: Path, data: bytes, mode: int, prefix: str, replace: bool =
             _name_once(part, path)
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _name_once(part: Path, path: Path) -> None:
@@ -52,7 +52,7 @@ def _name_once(part: Path, path: Path) -> None:
         part.replace(path)  # of two at the same moment the last one wins
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the names in `folder` last, where the disk knows how."""
     handle = os.open(folder, os.O_RDONLY)
     try:

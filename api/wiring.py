@@ -13,12 +13,13 @@ from typing import TextIO, cast
 import structlog
 
 from api.config import Settings
-from api.domain import deadlines, once, privacy
+from api.domain import deadlines, leftovers, once, privacy
 from api.domain.accounts import Accounts
 from api.domain.generate import Studio
 from api.domain.library import keep_swept
 from api.domain.metrics import Metrics
 from api.domain.readiness import Readiness
+from api.domain.registry import Registry
 from api.domain.submit import Desk
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer
@@ -27,6 +28,7 @@ from api.errors import DeviceLost, EngineUnavailable
 from api.model_service import ModelService
 from api.store.database import Database, migrate
 from api.store.files import PictureFolder
+from api.store.models import ModelFolder
 from api.store.vault import Vault, load_vault
 
 MakeModels = Callable[[Settings], ModelService]
@@ -44,6 +46,7 @@ class Service:
     settings: Settings
     models: ModelService
     pictures: PictureFolder
+    folder: ModelFolder
     database: Database
     vault: Vault
     accounts: Accounts
@@ -52,6 +55,11 @@ class Service:
     worker: Worker
     metrics: Metrics
     readiness: Readiness
+
+    @property
+    def registry(self) -> Registry:
+        """What looking after models needs."""
+        return Registry(self.settings, self.database, self.folder, self.models, self.wake)
 
 
 def migrate_database(settings: Settings) -> None:
@@ -88,12 +96,15 @@ async def open_service(
         database = Database(settings.database, metrics.database_failed)
         vault, wake = load_vault(settings), Wake()
         pictures = PictureFolder(settings.output_dir)
-        worker = Worker(settings, database, Studio(models, pictures, vault), wake, metrics)
+        folder = ModelFolder(settings.data_dir)
+        worker = Worker(settings, database, Studio(models, pictures, vault, database, folder), wake, metrics)
         desk = Desk(settings, database, vault, wake)
         accounts = Accounts(settings, database, vault)
         readiness = Readiness(database, models, pictures, worker, draws=settings.workers > 0)
         try:
-            yield Service(settings, models, pictures, database, vault, accounts, wake, desk, worker, metrics, readiness)
+            yield Service(
+                settings, models, pictures, folder, database, vault, accounts, wake, desk, worker, metrics, readiness
+            )
         finally:
             await database.close()
 
@@ -109,6 +120,7 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
         deliverer.run,
         partial(deadlines.keep_giving_up, service.database, service.wake, service.metrics),
         partial(keep_swept, service.pictures, service.database),
+        partial(leftovers.keep_swept, service.folder, service.database),
         partial(once.keep_forgetting, service.database),
         partial(privacy.keep_forgetting, service.database, service.models),
     ]

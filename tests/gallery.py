@@ -4,15 +4,19 @@ import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 from fastapi import APIRouter, FastAPI
 
 from api.domain.accounts import ALL_SCOPES, Accounts, Caller
 from api.domain.library import searchable
+from api.domain.registry import Registry
 from api.domain.wake import Wake
+from api.model_service import ModelService
 from api.routes.errors import add_error_handlers
 from api.store.database import Database
 from api.store.files import PictureFolder
+from api.store.models import ModelFolder
 from api.store.tables import Image, ImageTag, new_id
 from tests import people, rows
 
@@ -38,7 +42,7 @@ class Gallery:
     def app(self, *rooms: APIRouter, **more: Any) -> FastAPI:
         app = FastAPI()
         add_error_handlers(app)
-        service = {
+        service: dict[str, Any] = {
             "accounts": self.accounts,
             "settings": self.accounts.settings,
             "database": self.database,
@@ -46,7 +50,11 @@ class Gallery:
             "pictures": self.pictures,
             "wake": Wake(),
         }
-        app.state.service = SimpleNamespace(**service, **more)
+        folder = ModelFolder(self.folder.parent / "data")
+        registry = Registry(
+            self.accounts.settings, self.database, folder, more.get("models", Mock(ModelService)), service["wake"]
+        )
+        app.state.service = SimpleNamespace(**service, **more, folder=folder, registry=registry)
         for room in rooms:
             app.include_router(room)
         return app

@@ -66,7 +66,7 @@ def fast(settings: Settings, user_id: str = "ada") -> GenerateRequest:
     """A request that says nothing of steps."""
     said = builders.request(user_id=user_id, preset="fast").model_dump(exclude_unset=True)
     del said["num_inference_steps"]
-    return resolved(GenerateRequest(**said), settings)
+    return resolved(GenerateRequest(**said), settings.source_for(user_id), settings)
 
 
 def test_a_preset_says_steps_guidance_and_sampler(settings: Settings) -> None:
@@ -76,13 +76,13 @@ def test_a_preset_says_steps_guidance_and_sampler(settings: Settings) -> None:
 
 def test_what_the_request_says_itself_is_kept(settings: Settings) -> None:
     request = builders.request(user_id="ada", preset="fast", num_inference_steps=6, scheduler="ddim")
-    request = resolved(request, settings)
+    request = resolved(request, settings.source_for("ada"), settings)
     assert (request.num_inference_steps, request.guidance_scale, request.scheduler) == (6, 1.0, "ddim")
 
 
 def test_a_model_without_it_refuses(base_folder: Path) -> None:
     with pytest.raises(InvalidRequest, match="preset"):
-        resolved(builders.request(preset="fast"), builders.settings({"default": builders.source(base_folder)}))
+        resolved(builders.request(preset="fast"), builders.source(base_folder), builders.settings())
 
 
 def expected(base: Path, loras: list[Path]) -> Any:

@@ -20,6 +20,9 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "scheduler": None,
         "num_images": 1,
         "preset": None,
+        "model": None,
+        "model_version": None,
+        "adapters": [],
         "reproducible": False,
     }
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import and_, case, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain.jobs import ENDED_CLAIM, RUNNING, Claim, owned, put_back, reason_columns
@@ -72,16 +72,22 @@ async def crashed(database: Database, claim: Claim) -> bool:
 
 
 async def _after_crash(session: AsyncSession, job_id: str, held: Any) -> bool:
-    dead = held.where(Request.crashes + 1 >= MAX_CRASHES, Request.cancel_requested.is_(False)).values(
+    # A training that has come farther than at its last crash is not what kills its workers.
+    crashes = case((and_(Request.kind == "train", Request.step > Request.reached), 1), else_=Request.crashes + 1)
+    counted = {
+        "crashes": crashes,
+        "reached": case((Request.step > Request.reached, Request.step), else_=Request.reached),
+    }
+    dead = held.where(crashes >= MAX_CRASHES, Request.cancel_requested.is_(False)).values(
         status="failed",
-        crashes=Request.crashes + 1,
+        **counted,
         finished_at=now(),
         **ENDED_CLAIM,
         **reason_columns(SitterError(f"its worker died {MAX_CRASHES} times while drawing it")),
     )
     webhook = (await session.execute(dead.returning(Request.webhook_url))).first()
     if webhook is None:
-        return await put_back(session, held, crashes=Request.crashes + 1)
+        return await put_back(session, held, **counted)
     if webhook[0]:
         session.add(Delivery(request_id=job_id))
     return True

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,16 @@ from anyio import CapacityLimiter
 
 from api.domain.jobs import Finished
 from api.domain.library import delete_files, searchable
+from api.domain.models import own_models
 from api.domain.png_text import describe, with_text
 from api.domain.submit import request_of
+from api.engine.own import OwnModel
 from api.errors import SitterError
 from api.model_service import Generation, ModelService
 from api.schemas import GenerateRequest
+from api.store.database import Database
 from api.store.files import PictureFolder
+from api.store.models import ModelFolder
 from api.store.tables import Image, Request, now
 from api.store.vault import Vault
 
@@ -33,6 +37,8 @@ class Studio:
     models: ModelService
     pictures: PictureFolder
     vault: Vault
+    database: Database
+    folder: ModelFolder
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ async def draw(
     Raises:
         SitterError: nothing was drawn; or whatever `on_step` or `check` raised.
     """
-    return await anyio.to_thread.run_sync(_draw, studio, job, on_step, check, limiter=threads)
+    own = await own_models(studio.database, studio.folder, job.user_id, job.versions or ())
+    return await anyio.to_thread.run_sync(_draw, studio, job, own, on_step, check, limiter=threads)
 
 
 async def save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
@@ -65,11 +72,17 @@ async def save(studio: Studio, job: Request, drawn: Drawn) -> Finished:
     return await anyio.to_thread.run_sync(_save, studio, job, drawn)
 
 
-def _draw(studio: Studio, job: Request, on_step: "OnStep", check: Callable[[], None]) -> Drawn:
+def _draw(
+    studio: Studio,
+    job: Request,
+    own: Sequence[tuple[OwnModel, float]],
+    on_step: "OnStep",
+    check: Callable[[], None],
+) -> Drawn:
     began = time.perf_counter()
     waited = max(0.0, (now() - job.created_at).total_seconds())
     request = request_of(job, studio.vault)
-    generation = studio.models.generate(request, on_step, check)
+    generation = studio.models.generate(request, on_step, check, own)
     return Drawn(request, generation, waited, time.perf_counter() - began)
 
 
@@ -111,6 +124,8 @@ def _save_one(studio: Studio, job: Request, drawn: Drawn, position: int, seed: i
         sensitive=job.sensitive,
         words="" if job.sensitive else searchable(job.description),
         model_id=generation.model_id,
+        base_hash=generation.base_hash,
+        version_hash=generation.version_hash,
         width=request.width,
         height=request.height,
         seed=seed,

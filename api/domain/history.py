@@ -11,7 +11,7 @@ from api.domain.jobs import QUEUED, RUNNING
 from api.domain.wake import Wake
 from api.errors import NotFound
 from api.store.database import Database
-from api.store.tables import Image, Request, Status, Usage
+from api.store.tables import Image, Request, Status, Usage, now
 
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 POLL_SECONDS = 1.0  # how often a job of another process is looked at
@@ -102,7 +102,13 @@ class _Line:
 
 
 def _pace_now() -> FromClause:
-    recent = select(Usage.seconds, Usage.work).order_by(Usage.request_id.desc()).limit(RECENT).subquery()
+    recent = (
+        select(Usage.seconds, Usage.work)
+        .where(Usage.work > 0)
+        .order_by(Usage.request_id.desc())
+        .limit(RECENT)
+        .subquery()
+    )
     return select(func.sum(recent.c.seconds), func.sum(recent.c.work)).subquery()
 
 
@@ -146,9 +152,18 @@ def _pace(seconds: float | None, work: int | None) -> float | None:
 
 
 def _eta(job: Request, line: _Line) -> float | None:
+    if job.kind == "train":
+        return _eta_of_training(job)
     if line.pace is None or line.ahead is None:
         return None
     left = job.work
     if job.status == "running" and job.step_count:
         left = job.work * (job.step_count - job.step) // job.step_count
     return round((line.ahead + left) * line.pace * line.sharing, 1)
+
+
+def _eta_of_training(job: Request) -> float | None:
+    """By its own pace: nobody knows how long one takes that has not begun."""
+    if job.started_at is None or not job.step:
+        return None
+    return round((now() - job.started_at).total_seconds() / job.step * (job.step_count - job.step), 1)

@@ -9,8 +9,22 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, CursorResult, Row, case, func, literal, literal_column, null, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    Row,
+    case,
+    exists,
+    func,
+    literal,
+    literal_column,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from api.errors import SitterError
 from api.store.database import Database
@@ -41,6 +55,7 @@ class Progress:
     step_count: int = 0
     preview: bytes | None = None
     preview_step: int = 0
+    training: dict[str, Any] | None = None  # what is told of a training, new since the last report
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ async def claim(
     max_running: int,
     most: int,
     idle: bool = True,
+    trains: bool = True,
 ) -> list[Claim]:
     """Takes the next jobs of the fair queue: fewer than `most` when there are no more that may run.
 
@@ -85,6 +101,7 @@ async def claim(
         most: how many are wanted.
         idle: whether the worker has nothing in hand: a job that a worker died of is drawn alone, as others that are
             drawn with it would die, too, and it would take them along.
+        trains: whether a training may be among them, one at most.
     """
     claims: list[Claim] = []
     async with database.transaction() as session:
@@ -93,27 +110,29 @@ async def claim(
         places = await _places(session, max_running)
         while len(claims) < most:
             capped = [user for user, left in places.items() if left <= 0]
-            found = await _next(session, capped, warm, warm_first_seconds)
+            trains = trains and all(claim.job.kind == "draw" for claim in claims)
+            found = await _next(session, capped, warm, warm_first_seconds, trains)
             if found is None:
                 break
             job, limits = found
-            if job.crashes and (claims or not idle):
+            suspect = job.crashes and job.kind == "draw"  # a training goes on from its last state, beside others
+            if suspect and (claims or not idle):
                 break
             if cap := limits.get("running", max_running):
                 places[job.user_id] = places.setdefault(job.user_id, cap) - 1
             claims.append(_begin(job, worker))
-            if job.crashes:
+            if suspect:
                 break
     return claims
 
 
 async def _next(
-    session: AsyncSession, capped: Collection[str], warm: Collection[str], warm_first_seconds: float
+    session: AsyncSession, capped: Collection[str], warm: Collection[str], warm_first_seconds: float, trains: bool
 ) -> _Found | None:
     """Returns the job whose turn it is with its user's limits, and moves virtual time to the head of the queue."""
     queued = select(Request, User.limits).join(User, User.id == Request.user_id)
     in_time = or_(Request.deadline.is_(None), Request.deadline > now())
-    queued = queued.where(QUEUED, Request.user_id.not_in(capped), in_time)
+    queued = queued.where(QUEUED, Request.user_id.not_in(capped), in_time, _may_begin(trains))
     take = queued.order_by(*ORDER).limit(1).with_for_update(of=Request, skip_locked=True)
     found: _Found | None = (await session.execute(take)).one_or_none()
     if found is None:
@@ -129,9 +148,19 @@ async def _next(
     return (await session.execute(sooner)).one_or_none() or found
 
 
+def _may_begin(trains: bool) -> ColumnElement[bool]:
+    """Of two trainings of one model the second waits."""
+    if not trains:
+        return Request.kind == "draw"
+    trained = aliased(Request)
+    running = exists().where(trained.status == literal_column("'running'"), trained.model_id == Request.model_id)
+    return or_(Request.kind == "draw", ~running.where(trained.kind == "train"))
+
+
 def _begin(job: Request, worker: str) -> Claim:
     token = secrets.token_hex(16)
-    job.status, job.token, job.worker, job.phase = "running", token, worker, "loading"
+    job.status, job.token, job.worker = "running", token, worker
+    job.phase = "loading" if job.kind == "draw" else "checking"
     job.attempt += 1
     job.revision += 1
     job.step = job.step_count = job.preview_step = 0
@@ -166,6 +195,8 @@ async def beat(database: Database, claims: Iterable[tuple[Claim, Progress]]) -> 
             }
             if progress.preview is not None:
                 values |= {"preview": progress.preview, "preview_step": progress.preview_step}
+            if progress.training is not None:
+                values |= {"training": progress.training}
             beaten = owned(claim.job.id, claim.token).values(values)
             wish = await session.scalar(beaten.returning(Request.cancel_requested))
             if wish is None:
@@ -182,7 +213,7 @@ async def publish(database: Database, claim: Claim, finished: Finished) -> bool:
     """
     job = claim.job
     async with database.transaction() as session:
-        ended = await _end(
+        ended = await end(
             session,
             claim,
             status="succeeded",
@@ -215,7 +246,7 @@ async def publish(database: Database, claim: Claim, finished: Finished) -> bool:
 async def fail(database: Database, claim: Claim, error: SitterError) -> bool:
     """Ends a job as failed, with the reason. Returns False when it is no longer this claim's."""
     async with database.transaction() as session:
-        return await _end(
+        return await end(
             session,
             claim,
             status="failed",
@@ -228,10 +259,11 @@ async def fail(database: Database, claim: Claim, error: SitterError) -> bool:
 async def end_cancelled(database: Database, claim: Claim) -> bool:
     """Ends a running job that somebody cancelled. Returns False when it is no longer this claim's."""
     async with database.transaction() as session:
-        return await _end(session, claim, status="cancelled")
+        return await end(session, claim, status="cancelled")
 
 
-async def _end(session: AsyncSession, claim: Claim, **values: Any) -> bool:
+async def end(session: AsyncSession, claim: Claim, **values: Any) -> bool:
+    """Ends a job, and has its webhook sent. Returns False when it is no longer this claim's."""
     ended = owned(claim.job.id, claim.token).values(finished_at=now(), **ENDED_CLAIM, **values)
     if not _changed(await session.execute(ended)):
         return False
@@ -266,6 +298,11 @@ async def cancel_all(session: AsyncSession, user_id: str) -> tuple[list[str], li
     """Does to every job of a user what `cancel` does; returns the ids of those that it ended and of those asked."""
     await session.execute(select(User.id).where(User.id == user_id).with_for_update(key_share=True))
     return await _cancel(session, user_id, Request.user_id == user_id)
+
+
+async def cancel_some(session: AsyncSession, user_id: str, job_ids: Collection[str]) -> tuple[list[str], list[str]]:
+    """Does to some jobs of a user, whose row the transaction holds, what `cancel_all` does to all."""
+    return await _cancel(session, user_id, Request.id.in_(job_ids))
 
 
 async def _cancel(

@@ -7,13 +7,21 @@ decoded at a time.
 import hashlib
 import io
 import math
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import IO
+from zipfile import BadZipFile, ZipFile
 
 from PIL import Image, ImageFilter, ImageOps, ImageStat
 
+from api.errors import InvalidRequest
+
 FORMATS = ("JPEG", "PNG", "WEBP")
+LEAST, MOST = 3, 20  # photos of a training
+MOST_FILES = 100  # that are looked at for them
 MOST_BYTES = 20_000_000
 MOST_PIXELS = 13_000_000  # that are decoded at once: those of a phone, in 52 MB
 JPEG_SCALES = (8, 4, 2, 1)  # at which a JPEG may be decoded, one part of
@@ -24,6 +32,11 @@ SHARP = 6.0  # the spread of second derivatives, in levels, at SHARP_SIDE; less 
 SHARP_SIDE = 256
 NEAR = 12  # bits of 256 in which the fingerprints of two near duplicates differ at most
 FINGERPRINT_SIDE = 16
+TOLD = 10  # reasons in an answer
+NAME_LETTERS = 100
+MOST_ENTRIES = 1000  # of an archive
+INDEX_BYTES = 1_000_000
+END_BYTES = 66_000  # at the end of a ZIP, in which it tells where its index is: 22, and a comment
 ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4: which side of a photo is up
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,6 +64,93 @@ class Verdict:
 
     photo: Photo | None
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The photos that are good to train on, and what was found of every file, by its name: why not, or None."""
+
+    photos: Sequence[Photo]
+    verdicts: Sequence[tuple[str, str | None]]
+
+    def require_enough(self) -> None:
+        """Raises InvalidRequest when fewer than LEAST photos are good, with the reasons."""
+        if len(self.photos) < LEAST:
+            reasons = [f"{name}: {reason}" for name, reason in self.verdicts if reason is not None]
+            told = "; ".join(reasons[:TOLD]) + ("; …" if len(reasons) > TOLD else "")
+            raise InvalidRequest(
+                f"{len(self.photos)} pictures are good, {LEAST} are the least{f' ({told})' if told else ''}",
+                "Add clear, different pictures of one person: JPEG, PNG or WebP.",
+            )
+
+
+def choose(files: Iterable[tuple[str, bytes]]) -> Chosen:
+    """Returns the good photos of files with names, MOST of them; one file at a time is in memory."""
+    names, good, verdicts = list[str](), list[Photo](), list[tuple[str, str | None]]()
+
+    def contents() -> Iterator[bytes]:
+        for name, content in files:
+            names.append(_shown(name))
+            yield content
+
+    for verdict in examine(contents()):
+        enough = verdict.photo is not None and len(good) == MOST
+        if verdict.photo is not None and not enough:
+            good.append(verdict.photo)
+        verdicts.append((names[-1], f"{MOST} pictures are enough" if enough else verdict.reason))
+    return Chosen(good, verdicts)
+
+
+def _shown(name: str) -> str:
+    """Returns what a file is called, without its folders, as people can read it."""
+    plain = "".join(letter if letter.isprintable() else "�" for letter in name.replace("\\", "/").rsplit("/", 1)[-1])
+    return plain[:NAME_LETTERS] or "?"
+
+
+def in_archive(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Yields the name and the content of each file in a ZIP; of one that is too large for a photo, its beginning.
+
+    Raises:
+        InvalidRequest: it is no ZIP that could be read, holds too many files, or one that lies outside of it.
+    """
+    try:
+        _refuse_large_index(file)
+        with ZipFile(file) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_litter(entry.filename)]
+            if len(entries) > MOST_FILES:
+                raise InvalidRequest(f"the archive holds {len(entries)} files", f"{MOST} pictures are enough.")
+            for entry in entries:
+                if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
+                    raise InvalidRequest("the archive holds a file that lies outside of it", "Pack the pictures anew.")
+                with archive.open(entry) as opened:
+                    content = opened.read(MOST_BYTES + 1)
+                yield entry.filename, content
+    except (BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+        raise InvalidRequest(
+            "the archive is no ZIP that can be read", "Pack the pictures anew, without a password."
+        ) from error
+
+
+def _refuse_large_index(file: IO[bytes]) -> None:
+    """Raises BadZipFile when the list of a ZIP's files is long: it would be read into memory whole.
+
+    Its place is told by the end of the file (APPNOTE 6.3.10, 4.3.16).
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - END_BYTES))
+    end = file.read()
+    at = end.rfind(b"PK\x05\x06")
+    if at < 0 or len(end) < at + 22:
+        raise BadZipFile("no end")
+    count, index_bytes = struct.unpack_from("<HI", end, at + 10)
+    if count > MOST_ENTRIES or index_bytes > INDEX_BYTES:
+        raise InvalidRequest(f"the archive holds over {MOST_ENTRIES} files", f"{MOST} pictures are enough.")
+
+
+def _is_litter(name: str) -> bool:
+    """Tells what file managers put into archives besides."""
+    parts = name.split("/")
+    return parts[0] == "__MACOSX" or parts[-1].startswith(".") or parts[-1] in ("Thumbs.db", "desktop.ini")
 
 
 def examine(photos: Iterable[bytes]) -> Iterator[Verdict]:

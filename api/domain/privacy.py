@@ -15,8 +15,9 @@ import anyio.to_thread
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.domain import audit, jobs, keys, library, users
+from api.domain import audit, jobs, keys, library, registry, users
 from api.domain.accounts import Caller
+from api.domain.registry import Registry
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
 from api.errors import DatabaseUnavailable, NotFound
@@ -209,8 +210,7 @@ async def erase(
     database: Database,
     pictures: PictureFolder,
     vault: Vault,
-    models: ModelService,
-    wake: Wake,
+    own: Registry,
     caller: Caller,
     user_id: str,
 ) -> None:
@@ -222,24 +222,27 @@ async def erase(
     """
     async with database.transaction() as session:
         await _to_be_erased(session, caller, user_id)
-    await _end_jobs(database, wake, user_id)
+    await _end_jobs(database, own.wake, user_id)
     async with database.transaction() as session:
         await _to_be_erased(session, caller, user_id)
         await jobs.cancel_all(session, user_id)  # holds them: who publishes one refers to the user, and goes first
         images = list(await session.scalars(select(tables.Image.image_url).where(tables.Image.user_id == user_id)))
+        theirs = list(await session.scalars(select(tables.Model.id).where(tables.Model.user_id == user_id)))
+        gone = await registry.gone_with(session, theirs)
         await session.execute(delete(User).where(User.id == user_id))  # and, by cascade, all that is theirs
         await session.execute(delete(Answer).where(or_(Answer.caller == user_id, Answer.subject == user_id)))
         nobody = f"~{vault.digest(user_id.encode())[:24]}"  # no user's id begins so
         await session.execute(update(Usage).where(Usage.user_id == user_id).values(user_id=nobody))
-        await audit.append(session, caller.name, ERASED, f"user:{user_id}", images=len(images))
+        await audit.append(session, caller.name, ERASED, f"user:{user_id}", images=len(images), versions=gone.versions)
     # Besides what rows knew: what a worker wrote that lost its job meanwhile.
     written = await anyio.to_thread.run_sync(lambda: list(pictures.pictures_older_than(0)))
     await library.delete_files(pictures, {*images, *(name for name, user, _ in written if user == user_id)})
-    await anyio.to_thread.run_sync(models.forget, user_id)
+    await registry.forget(own, gone)
+    await anyio.to_thread.run_sync(own.models.forget, user_id)
 
 
 async def keep_forgetting(database: Database, models: ModelService) -> None:
-    """Drops the models of users that other processes erase, until it is cancelled."""
+    """Drops the models that other processes erase, or whose consent they take back, until it is cancelled."""
     async with database.reading() as session:
         last = await session.scalar(select(func.max(Audit.seq))) or 0
     while True:
@@ -249,11 +252,13 @@ async def keep_forgetting(database: Database, models: ModelService) -> None:
 
 
 async def forget_erased(database: Database, models: ModelService, last: int) -> int:
-    """Drops the models of users erased since line `last` of the audit; returns its last line now."""
-    later = select(Audit.seq, Audit.action, Audit.object).where(Audit.seq > last).order_by(Audit.seq)
+    """Drops the models that went out of use since line `last` of the audit; returns its last line now."""
+    later = select(Audit.seq, Audit.action, Audit.object, Audit.detail).where(Audit.seq > last).order_by(Audit.seq)
     async with database.reading() as session:
         lines = (await session.execute(later)).all()
-    for _, action, object in lines:
+    for _, action, object, detail in lines:
+        if action in (ERASED, registry.ERASED, registry.REVOKED):
+            await anyio.to_thread.run_sync(models.revoke, detail.get("versions", []))
         if action == ERASED:
             await anyio.to_thread.run_sync(models.forget, object.removeprefix("user:"))
     return lines[-1].seq if lines else last

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import Settings
-from api.domain import quota
+from api.domain import models, quota
 from api.domain.jobs import QUEUED, charge
 from api.domain.quota import Used
 from api.domain.wake import Wake
@@ -140,7 +140,8 @@ class Desk:
         virtual_time, waiting = (await session.execute(select(Queue.virtual_time, queued))).one()
         today = any(quota.limits_days(user, self._settings) for user in users.values())
         used = await quota.used(session, users, today)
-        return _Book(virtual_time, waiting, users, used, await _known(session, orders))
+        own = await models.known(session, users)
+        return _Book(virtual_time, waiting, users, used, own, await _known(session, orders))
 
     async def _hold(self, session: AsyncSession, user_ids: set[str]) -> dict[str, User]:
         """Returns those users who exist. Their rows are held from here on: of two requests one takes the last place.
@@ -178,16 +179,18 @@ class Desk:
             raise Busy(f"{book.queued} jobs are waiting already")
         # As the user whose model it is: a caller may have left `user_id` out.
         request = order.request.model_copy(update={"user_id": order.user_id})
-        request = resolved(request, self._settings)
+        picked = models.pick(book.models.get(order.user_id, ()), request)
+        source = picked[0][0].source if picked else self._settings.source_for(order.user_id)
+        request = resolved(request, source, self._settings)
         order = replace(order, request=request)
         steps = request.num_images * request.num_inference_steps
         quota.check(user, book.used[user.id], self._settings, images=request.num_images, steps=steps)
-        job = self._job(order, body, steps, start_tag=max(book.virtual_time, user.finish_tag))
+        job = self._job(order, picked, body, steps, start_tag=max(book.virtual_time, user.finish_tag))
         user.finish_tag = job.start_tag + charge(job.priority, job.work)
         book.add(order, job)
         return job
 
-    def _job(self, order: Order, body: bytes, steps: int, start_tag: int) -> Request:
+    def _job(self, order: Order, picked: models.Picked, body: bytes, steps: int, start_tag: int) -> Request:
         request = order.request
         seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
         sensitive = order.sensitive or self._settings.sensitive_prompts
@@ -201,7 +204,9 @@ class Desk:
             | {"seed": seed},
             tags=list(order.tags),
             category=order.category,
-            model_id=self._settings.source_for(order.user_id).model_id,
+            model_id="+".join(version.label for version, _ in picked)
+            or self._settings.source_for(order.user_id).model_id,
+            versions=[[version.version_id, weight] for version, weight in picked] or None,
             webhook_url=order.webhook_url,
             idempotency_key=order.idempotency_key,
             body_hash=self._vault.digest(body),
@@ -222,6 +227,7 @@ class _Book:
     queued: int
     users: dict[str, User]
     used: dict[str, Used]
+    models: dict[str, list[models.Known]]
     known: dict[Same | None, Request]
     new: list[Request] = field(default_factory=list)
 
@@ -258,7 +264,9 @@ async def _known(session: AsyncSession, orders: Sequence[Order]) -> dict[Same | 
 
 def _unsaid(request: GenerateRequest) -> set[str]:
     """Returns fields that are younger than rows and digests in the database, where nothing is asked of them."""
-    return {name for name in ("reproducible", "preset") if not getattr(request, name)}
+    return {
+        name for name in ("reproducible", "preset", "model", "model_version", "adapters") if not getattr(request, name)
+    }
 
 
 def work(request: GenerateRequest) -> int:

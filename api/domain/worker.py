@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +16,7 @@ import structlog
 from anyio import CapacityLimiter
 
 from api.config import Settings
-from api.domain import jobs
+from api.domain import jobs, trainings
 from api.domain.crashes import Watchman, crashed
 from api.domain.deadlines import passed, too_late
 from api.domain.generate import Studio, draw, forget_earlier_attempts, save
@@ -65,6 +65,10 @@ class _InHand:
     next_preview: float = field(default_factory=lambda: time.monotonic() + PREVIEW_SECONDS)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def is_training(self) -> bool:
+        return self.claim.job.kind == "train"
+
     def on_step(self, step: "Step") -> None:
         self.count_steps(self.claim.job.images)
         self.raise_if_stopped()
@@ -77,14 +81,23 @@ class _InHand:
             if preview is not None:
                 self.progress = replace(self.progress, preview=preview, preview_step=step.done)
 
+    def on_progress(self, progress: Progress) -> None:
+        """Takes what a training tells of itself; what was told before and is not written yet stays."""
+        self.raise_if_stopped()
+        with self.lock:
+            before = self.progress
+            if progress.preview is None:
+                progress = replace(progress, preview=before.preview, preview_step=before.preview_step)
+            self.progress = replace(progress, training=progress.training or before.training)
+
     def raise_if_stopped(self) -> None:
         if self.stop is not None:
             raise self.stop
 
     def report(self) -> Progress:
-        """Returns the progress to be written; a preview is handed out once."""
+        """Returns the progress to be written; a preview is handed out once, and so is what is told of a training."""
         with self.lock:
-            progress, self.progress = self.progress, replace(self.progress, preview=None)
+            progress, self.progress = self.progress, replace(self.progress, preview=None, training=None)
         return progress
 
 
@@ -143,13 +156,17 @@ class Worker:
         left = max(0.0, self._draining_since + seconds - time.monotonic())
         async with self._claiming:  # a claim under way ends in a job in hand, or in none
             pass
+        self._end_soon(job for job in self._in_hand.values() if job.is_training)  # it takes minutes, and goes on later
         if self._running:
             await asyncio.wait(self._running, timeout=left)
-        for job in self._in_hand.values():
-            job.stop = job.stop or ShuttingDown("the server is stopping")
+        self._end_soon(self._in_hand.values())
         if self._running:
             await asyncio.wait(self._running, timeout=LETTING_GO_SECONDS)
         await self._let_go()
+
+    def _end_soon(self, in_hand: Iterable[_InHand]) -> None:
+        for job in in_hand:
+            job.stop = job.stop or ShuttingDown("the server is stopping")
 
     async def _let_go(self) -> None:
         """Puts back what does not come to a step where it could stop, as a model that loads for minutes."""
@@ -191,13 +208,14 @@ class Worker:
                 settings.warm_first_seconds,
                 settings.limit_running,
                 most,
-                idle=not self._running,
+                idle=all(job.is_training and not job.claim.job.crashes for job in self._in_hand.values()),
+                trains=not any(job.is_training for job in self._in_hand.values()),
             )
         return []
 
     def _has_suspect(self) -> bool:
         """Whether it draws a job that a worker died of; others shall not die with it."""
-        return any(job.claim.job.crashes for job in self._in_hand.values())
+        return any(job.claim.job.crashes and not job.is_training for job in self._in_hand.values())
 
     async def _draw(self, claim: Claim) -> None:
         job = self._in_hand[claim.token] = _InHand(claim, self._metrics.steps)
@@ -225,6 +243,10 @@ class Worker:
     async def _outcome(self, job: _InHand) -> Callable[[], Awaitable[bool]]:
         """Draws, and returns how the job is to be ended."""
         try:
+            if job.is_training:
+                told, stop = job.on_progress, job.raise_if_stopped
+                await trainings.learn(self._studio, job.claim, told, self._beat, stop, self._threads)
+                return partial(self._publish_version, job.claim)
             drawn = await draw(self._studio, job.claim.job, job.on_step, job.raise_if_stopped, self._threads)
             job.raise_if_stopped()
             finished = await save(self._studio, job.claim.job, drawn)
@@ -239,6 +261,12 @@ class Worker:
             await forget_earlier_attempts(self._studio, claim.job)
         else:
             await delete_unknown(self._studio.pictures, self._database, [image.image_url for image in finished.images])
+        return published
+
+    async def _publish_version(self, claim: Claim) -> bool:
+        published = await trainings.publish(self._database, claim)
+        if published:
+            self._metrics.job_ended("succeeded")
         return published
 
     async def _end_undrawn(self, claim: Claim, error: Exception) -> bool:

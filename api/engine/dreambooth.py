@@ -68,7 +68,8 @@ AT_ONCE = 8  # pictures of a class that are drawn together
 
 OF_CLASS = 2  # pictures of the class, that show whether it is still what it was
 CANDIDATES = (0.6, 0.8, 1.0)  # shares of the steps after which one is drawn with and judged
-SAVE_SECONDS = 30.0
+SAVE_SHARE = 0.05  # of the time, that goes into saving states
+MOST_SECONDS = 30.0  # between two of them
 SMOOTH = 0.95  # share of the loss before in the loss that is told
 
 log = structlog.get_logger()
@@ -245,12 +246,33 @@ OnReport = Callable[[Report], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """The best candidate of a training: its LoRA file, after which step it was made, its scores and its samples."""
+    """The best candidate of a training: its LoRA file, after which step it was made, its scores and its samples.
+
+    `base_hash` tells the base that it was trained over.
+    """
 
     file: Path
     step: int
     scores: Scores
     samples: Sequence[Image.Image]
+    recipe: Recipe
+    base_hash: str
+
+
+class _Saving:
+    """When the next state is to be saved: the longer that takes, the less often."""
+
+    def __init__(self) -> None:
+        self._next = 0.0  # at once: who is begun again and again shall come farther each time
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def took(self, save: Callable[[], None]) -> None:
+        began = time.monotonic()
+        save()
+        now = time.monotonic()
+        self._next = now + min(MOST_SECONDS, (now - began) / SAVE_SHARE)
 
 
 def train(
@@ -287,26 +309,31 @@ def train(
     state, steps = folder / "state.safetensors", training.recipe.steps
     training.restore_state(state)
     of_base = [_decoded(base, batch, latents) for latents in training.prior.latents[:SAMPLES]]
-    candidates, saved, smooth = list[Trained](), time.monotonic(), None
+    candidates, saving, smooth = list[Trained](), _Saving(), None
     for share in CANDIDATES:
         until = max(1, round(steps * share))
-        for loss in training.steps(until):
-            smooth = loss if smooth is None else SMOOTH * smooth + (1 - SMOOTH) * loss
-            report(Report("training", training.trainer.done, steps, smooth))
-            if time.monotonic() - saved > SAVE_SECONDS:
-                training.save_state(state)
-                saved = time.monotonic()
+        try:
+            for loss in training.steps(until):
+                smooth = loss if smooth is None else SMOOTH * smooth + (1 - SMOOTH) * loss
+                report(Report("training", training.trainer.done, steps, smooth))
+                if saving.is_due():
+                    saving.took(partial(training.save_state, state))
+        except TrainingFailed as error:
+            if not candidates:
+                raise
+            log.warning("training_stopped", reason=error.detail)  # what came before is good all the same
+            break
         file = folder / f"{until}.safetensors"
         if training.trainer.done == until:
             training.save_adapter(file)
         report(Report("validating", training.trainer.done, steps, smooth))
         try:
-            candidate = _judged(base, batch, lesson, file, until, of_base, reader, check)
+            scores, samples = _judged(base, batch, lesson, file, of_base, reader, check)
         except (BadPicture, Blocked) as error:  # the others may be good
             log.warning("candidate_dropped", step=until, reason=error.detail)
         else:
-            candidates.append(candidate)
-            report(Report("validating", training.trainer.done, steps, smooth, candidate.samples[0]))
+            candidates.append(Trained(file, until, scores, samples, training.recipe, mark))
+            report(Report("validating", training.trainer.done, steps, smooth, samples[0]))
         training.save_state(state)
     if not candidates:
         raise TrainingFailed("none of its candidates draws a picture", "Try fewer steps, or other pictures.")
@@ -324,11 +351,11 @@ def _judged(
     batch: Batch,
     lesson: Lesson,
     file: Path,
-    step: int,
     of_base: Sequence[Image.Image],
     reader: AttributeReader | None,
     check: Check,
-) -> Trained:
+) -> tuple[Scores, Sequence[Image.Image]]:
+    """Returns how good the candidate in `file` is, and its samples."""
     adapter = batch.run_behind(partial(load_adapter, file, base.pipeline, 1.0))
     try:
         requests = [*_requests(base, lesson.who, SAMPLES), *_requests(base, f"a {lesson.noun}", OF_CLASS)]
@@ -338,7 +365,7 @@ def _judged(
     photos = [_learned(base, photo) for photo in lesson.photos]
     own, of_class = drawn[:SAMPLES], drawn[SAMPLES:]
     scores = batch.run_behind(partial(judge, reader, photos, own, of_base, of_class))
-    return Trained(file, step, scores, own)
+    return scores, own
 
 
 def _decoded(base: Base, batch: Batch, latents: Tensor) -> Image.Image:

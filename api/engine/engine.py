@@ -1,6 +1,7 @@
 """Engine: one device. It loads bases and adapters for the cache and draws with them; the service knows only this."""
 
 import gc
+import hashlib
 import math
 import threading
 import time
@@ -29,6 +30,7 @@ from api.engine.combined import combined, name_of
 from api.engine.dreambooth import Check, OnReport, Trained, train
 from api.engine.knee import Knee
 from api.engine.lesson import Lesson
+from api.engine.own import OwnModel
 from api.engine.pipeline import Drawing, OnStep, draw, draw_stock, drawn_size
 from api.engine.preview import fitted
 from api.engine.reader import load_reader
@@ -214,7 +216,15 @@ class Engine:
     def find_adapter(self, source: ModelSource) -> Path:
         """Returns the weight file of the LoRA of `source`. Raises ModelUnavailable."""
         assert source.lora is not None
-        return find_adapter_file(locate(source.lora))
+        file = find_adapter_file(locate(source.lora))
+        if isinstance(source, OwnModel):
+            with weights.loading(source.model_id, file), file.open("rb") as opened:
+                source.require_unchanged(hashlib.file_digest(opened, "sha256").hexdigest())
+        return file
+
+    def hash_of(self, found: FoundBase) -> str:
+        """Returns what tells a base from every other."""
+        return deltas.fingerprint(found)
 
     def adapter_bytes(self, file: Path, base: AnyBase) -> dict[str, int]:
         """Returns device → bytes that loading the LoRA in `file` takes."""
@@ -243,17 +253,23 @@ class Engine:
 
         return Loaded(adapter, weights.storages_of(adapter.tensors()), drop)
 
-    def combine(self, adapters: Sequence[Adapter]) -> Adapter:
-        """Returns one adapter that does what all of these do, the last of which is what their base draws fast with.
+    def combine(self, parts: Sequence[tuple[AnyAdapter, float]], *, fast: bool) -> Adapter:
+        """Returns one adapter that does what all of `parts` do, each as much as it counts.
 
-        Raises OutOfMemory.
+        Args:
+            parts: which, and how much each counts.
+            fast: whether the last is what the base draws few steps with.
+
+        Raises OutOfMemory; ModelUnavailable when its base cannot have several.
         """
-        parts = [(adapter, 1.0) for adapter in adapters]
+        adapters = [(adapter, weight) for adapter, weight in parts if isinstance(adapter, Adapter)]
+        if len(adapters) < len(parts):
+            raise ModelUnavailable("over this base a LoRA cannot be weighed or mixed", "Draw with one model, whole.")
         with self._combining:
-            known = self._combinations.get(name_of(parts))
+            known = self._combinations.get(name_of(adapters))
             if known is None:
                 with self._told_apart():
-                    known = in_own_thread(partial(combined, parts, fast=True))
+                    known = in_own_thread(partial(combined, adapters, fast=fast))
                 self._combinations[known.key] = known
         return known
 

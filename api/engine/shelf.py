@@ -1,8 +1,9 @@
 """The shelf: users' models in memory, and what is leased for a drawing. Free of torch."""
 
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,11 +12,14 @@ import structlog
 from api.config import FastSource, ModelSource, locate
 from api.engine.cache import AccountingOff, Lease, Loaded, ModelCache, Reserve
 from api.engine.finder import Finder
+from api.engine.own import OwnModel
 from api.errors import ModelUnavailable, OutOfMemory
 
 if TYPE_CHECKING:
     from api.engine.engine import AnyAdapter, AnyBase, Decoder, Engine
     from api.engine.sources import FoundBase
+
+CONSENT_HINT = "Whoever it shows has not agreed, or not any more; a new training needs a new consent."
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -23,9 +27,13 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class LeasedModel:
-    """What draws: a base, and perhaps an adapter and a decoder in place of the base's, all held in memory."""
+    """What draws: a base, and perhaps an adapter and a decoder in place of the base's, all held in memory.
+
+    `base_hash` tells the base from every other.
+    """
 
     base: "AnyBase"
+    base_hash: str
     adapter: "AnyAdapter | None"
     cache_hit: bool
     decoder: "Decoder | None" = None
@@ -51,6 +59,8 @@ class Shelf:
         self._engine = engine
         self._finder = Finder(engine.find_base)
         self._riding: dict[ModelSource, _Riding] = {}  # what is drawn in place of those with a delta
+        self._hashes: dict[ModelSource, str] = {}  # of the bases that were loaded
+        self._revoked: set[str] = set()  # versions of own models that nobody draws with any more
 
     def find(self, source: ModelSource) -> "FoundBase":
         """Returns where the base of `source` is. Raises ModelUnavailable."""
@@ -58,22 +68,28 @@ class Shelf:
 
     @contextmanager
     def lease(
-        self, source: ModelSource, fast: FastSource | None = None, owner: str | None = None
+        self,
+        source: ModelSource,
+        fast: FastSource | None = None,
+        owner: str | None = None,
+        riders: "Sequence[tuple[OwnModel, float]]" = (),
     ) -> Iterator[LeasedModel]:
         """Holds the model of `source` in memory inside the block, loading it if need be.
 
         Args:
             source: which model.
             fast: what its base draws few steps with, on top of it; None for nothing.
-            owner: whose model it is; None for one that is everybody's.
+            owner: who draws; an own model of somebody else is not there for them. None for what is everybody's.
+            riders: LoRAs over it and how much each counts.
 
         Raises:
+            NotFound: it is somebody else's own.
             ModelUnavailable: it does not load. A failure is remembered for 30 seconds, so that a broken model
                 costs the next request nothing.
             OutOfMemory: there is no room for it, even without the idle models.
         """
         with ExitStack() as leases:
-            yield self._acquire(source, fast, owner, leases)
+            yield self._acquire(source, riders, fast, owner, leases)
 
     def retried_without_idle(self, action: Callable[[], T]) -> T:
         """Returns what `action` does; when memory runs out, once more without the idle models."""
@@ -113,6 +129,13 @@ class Shelf:
         for one in self._all_of([source]) - self._all_of(others):
             self.cache.drop(one)
 
+    def revoke(self, version_ids: Collection[str]) -> None:
+        """Drops versions of own models from memory once they are not used, and lets nobody have them again."""
+        self._revoked |= set(version_ids)
+        for source in self.cache.loaded():
+            if isinstance(source, OwnModel) and source.version_id in self._revoked:
+                self.cache.drop(source)
+
     def clear(self) -> tuple[int, int]:
         """Drops every model and remembered failure: returns bytes freed now, and bytes that follow after use."""
         self._finder.clear()
@@ -138,26 +161,42 @@ class Shelf:
         return drawn | {source.without_lora() for source in drawn}
 
     def _acquire(
-        self, source: ModelSource, fast: FastSource | None, owner: str | None, leases: ExitStack
+        self,
+        source: ModelSource,
+        riders: "Sequence[tuple[OwnModel, float]]",
+        fast: FastSource | None,
+        owner: str | None,
+        leases: ExitStack,
     ) -> LeasedModel:
+        for own in (source, *(rider for rider, _ in riders)):
+            self._require_allowed(own, owner)
         found, base_source = self._finder.find(source), source.without_lora()
-        base_owner = owner if source.lora is None else None
+        base_owner = owner if source.lora is None and not riders else None
         held = [self._held(base_source, leases, lambda: self._lease_base(base_source, found, base_owner))]
         base = held[0].value
+        loras: list[tuple[ModelSource, float, str | None]] = [(own, weight, owner) for own, weight in riders]
         if source.lora is not None:
-            held.append(self._held(source, leases, lambda: self._lease_adapter(source, base, owner)))
-        if fast is not None and fast.lora is not None:
-            few = base_source.model_copy(update={"lora": fast.lora})
-            held.append(self._held(few, leases, lambda: self._lease_adapter(few, base, None)))
-        adapters, decoder = [lease.value for lease in held[1:]], None
+            loras.insert(0, (source, 1.0, owner))
+        if is_fast := fast is not None and fast.lora is not None:
+            loras.append((ModelSource(base=source.base, config=source.config, lora=fast.lora), 1.0, None))
+        for one, _, whose in loras:
+            held.append(self._held(one, leases, partial(self._lease_adapter, one, base, whose)))
+        parts = [(lease.value, weight) for lease, (_, weight, _) in zip(held[1:], loras, strict=True)]
+        adapter = parts[0][0] if parts else None
+        if is_fast or len(parts) > 1 or any(weight != 1.0 for _, weight in parts):
+            adapter = self.retried_without_idle(lambda: self._engine.combine(parts, fast=is_fast))
+        decoder = None
         if fast is not None and (folder := fast.decoder) is not None:
             held.append(self._held(("decoder", folder), leases, lambda: self._lease_decoder(locate(folder))))
             decoder = held[-1].value
             self._engine.check_decoder(decoder, base)
-        adapter = adapters[0] if adapters else None
-        if fast is not None and fast.lora is not None:
-            adapter = self.retried_without_idle(lambda: self._engine.combine(adapters))
-        return LeasedModel(base, adapter, all(lease.hit for lease in held), decoder)
+        return LeasedModel(base, self._hashes[base_source], adapter, all(lease.hit for lease in held), decoder)
+
+    def _require_allowed(self, source: ModelSource, owner: str | None) -> None:
+        if isinstance(source, OwnModel):
+            source.require_owner(owner)
+            if source.version_id in self._revoked:
+                raise ModelUnavailable(f"{source.model_id} may not be drawn with any more", CONSENT_HINT)
 
     def _held(self, model: Hashable, leases: ExitStack, lease: "Callable[[], Lease[Any]]") -> "Lease[Any]":
         """Returns the lease, which ends with `leases`; remembers that `model` failed."""
@@ -170,6 +209,7 @@ class Shelf:
     def _lease_base(self, source: ModelSource, found: "FoundBase", owner: str | None) -> "Lease[AnyBase]":
         def load(reserve: Reserve) -> "Loaded[AnyBase]":
             reserve(self._engine.base_bytes(found))
+            self._hashes[source] = self._engine.hash_of(found)
             return self._engine.load_base(found)
 
         return self.cache.lease(source, load, owner)

@@ -195,7 +195,8 @@ async def follow_job(
 ) -> AsyncIterator[ServerSentEvent]:
     """Sends `queued`, `loading`, `step`, `preview`, and at the end `done`, `failed` or `cancelled`.
 
-    Every event's data is the job; a preview's is `{"step", "jpeg"}`, the picture so far in base64.
+    Of a training: `queued`, `checking`, `caching`, `step`, `sample`, `validating`, `publishing`, `warming`, the end.
+    Every event's data is the job; that of a preview or sample is `{"step", "jpeg"}`, a small picture in base64.
     """
     try:
         async with aclosing(_events(seen, service, caller, sent, last_event_id)) as events:
@@ -228,7 +229,8 @@ async def _events(
             shown = preview
             if jpeg := await history.preview(service.database, job.id):
                 data = {"step": job.preview_step, "jpeg": base64.b64encode(jpeg).decode()}
-                yield ServerSentEvent(event="preview", data=data, id=str(job.revision))
+                event = "preview" if job.kind == "draw" else "sample"
+                yield ServerSentEvent(event=event, data=data, id=str(job.revision))
         seen = await history.changed(service.wake, service.database, caller, seen)
         if time.monotonic() - authenticated >= REAUTH_SECONDS:
             caller, authenticated = await identify(service.accounts, sent), time.monotonic()
@@ -239,7 +241,8 @@ def _event(seen: Seen) -> str:
         case "succeeded":
             return "done"
         case "running":
-            return "step" if seen.job.phase == "drawing" else "loading"
+            phase = seen.job.phase or "loading"
+            return "step" if phase in ("drawing", "training") else phase
         case status:
             return status
 

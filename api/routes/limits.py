@@ -1,6 +1,7 @@
 """Bounds the body of every request, in bytes and seconds, before anybody parses it."""
 
 import asyncio
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -9,6 +10,8 @@ from api.routes.errors import error_answer
 
 MAX_BODY_BYTES = 1_000_000
 BODY_SECONDS = 20.0
+UPLOADS = {"/trainings": 420_000_000}  # bytes of the bodies that routes read piece by piece themselves
+BYTES_PER_SECOND = 20_000  # that an upload brings at least, after its first seconds
 
 
 class BodyLimit:
@@ -22,6 +25,8 @@ class BodyLimit:
         """Answers 413 or 408, or passes the request on with its whole body at hand."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if scope["method"] == "POST" and (most := UPLOADS.get(scope["path"])):
+            return await self._app(scope, _Upload(receive, most), send)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._read(scope, receive)
@@ -60,6 +65,29 @@ class BodyLimit:
             if len(body) > self._most:
                 raise too_large
         return body
+
+
+class _Upload:
+    """Hands on the pieces of a large body, as long as they come fast enough and are not too many."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive = receive
+        self._most = most
+        self._bytes = 0
+        self._began = time.monotonic()
+
+    async def __call__(self) -> Message:
+        """Returns the next piece. Raises BodyTooLarge, BodyTooSlow."""
+        late = self._began + BODY_SECONDS + self._bytes / BYTES_PER_SECOND - time.monotonic()
+        try:
+            async with asyncio.timeout(late):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise BodyTooSlow("the upload comes too slowly") from error
+        self._bytes += len(message.get("body", b""))
+        if self._bytes > self._most:
+            raise BodyTooLarge(f"the body is over {self._most:,} bytes", "Send fewer or smaller pictures.")
+        return message
 
 
 async def _refuse(error: SitterError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -64,6 +64,4 @@ async def erase_user(
     caller: CallerDep,
 ) -> None:
     """Erases a user for good: jobs, pictures, prompts, keys and files. Sums of use stay, under no name."""
-    await privacy.erase(
-        service.database, service.pictures, service.vault, service.models, service.wake, caller, user_id
-    )
+    await privacy.erase(service.database, service.pictures, service.vault, service.registry, caller, user_id)

@@ -16,6 +16,7 @@ from sqlalchemy.types import DateTime, TypeDecorator
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 UserType = Literal["user", "admin"]
+Kind = Literal["draw", "train"]
 
 ID = String(28)
 USER_ID = String(64)
@@ -97,7 +98,7 @@ class EndedSession(Table):
 
 
 class Request(Table):
-    """A generation: the job and its history in one row.
+    """A generation or a training: the job and its history in one row.
 
     Every write of a worker says `id`, `status = 'running'` and its `token`: a worker that lost its lease writes
     nothing. `heartbeat` counts up while a worker lives; whoever sees it stand still for a lease takes the job back.
@@ -118,6 +119,10 @@ class Request(Table):
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     body_hash: Mapped[str] = mapped_column(String(64))
 
+    kind: Mapped[Kind] = mapped_column(String(10), default="draw", server_default="draw")
+    versions: Mapped[list[Any] | None] = mapped_column(JSON)  # [id, weight] of each own model that draws
+    training: Mapped[dict[str, Any] | None]  # what is told of it: its photos, its loss, its scores
+
     status: Mapped[Status] = mapped_column(String(10), default="queued")
     priority: Mapped[int] = mapped_column(default=0)
     images: Mapped[int]  # pictures asked for
@@ -130,9 +135,10 @@ class Request(Table):
     heartbeat: Mapped[int] = mapped_column(default=0)
     attempt: Mapped[int] = mapped_column(default=0)
     crashes: Mapped[int] = mapped_column(default=0)
+    reached: Mapped[int] = mapped_column(default=0, server_default="0")  # the step of the farthest crash
     cancel_requested: Mapped[bool] = mapped_column(default=False)
 
-    phase: Mapped[str | None] = mapped_column(String(10))  # "loading" or "drawing" while it runs
+    phase: Mapped[str | None] = mapped_column(String(10))  # while it runs: what it is at
     step: Mapped[int] = mapped_column(default=0)
     step_count: Mapped[int] = mapped_column(default=0)
     preview: Mapped[bytes | None] = mapped_column(deferred=True)  # a small JPEG
@@ -188,6 +194,64 @@ class Request(Table):
     )
 
 
+class Model(Table):
+    """A user's own model: one sitter, learned in one or more versions, of which one draws when none is named."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(64))
+    token: Mapped[str] = mapped_column(String(130))  # the words for the sitter, "sks person"
+    class_noun: Mapped[str] = mapped_column(String(64))
+    published_id: Mapped[str | None] = mapped_column(ID)  # the version that draws
+    published_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    __table_args__ = (UniqueConstraint("user_id", "name"),)
+
+
+class ModelVersion(Table):
+    """What one training or upload made; it never changes.
+
+    Its files lie in the models folder under its id. They are there before the row is: no half model can be drawn with.
+    """
+
+    __tablename__ = "model_versions"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
+    number: Mapped[int]  # 1 for the first of its model
+    kind: Mapped[str] = mapped_column(String(10))  # "lora"
+    source: Mapped[dict[str, Any]]  # of its base, as USER_MODELS would say it
+    base_hash: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64))  # of its weights
+    files: Mapped[dict[str, Any]]  # name → SHA-256 of each file
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    parameters: Mapped[dict[str, Any]]  # of its training
+    scores: Mapped[dict[str, Any]]
+    refusal: Mapped[str | None] = mapped_column(Text)  # why it was not published by itself
+    request_id: Mapped[str | None] = mapped_column(ID)  # the job that made it
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    __table_args__ = (UniqueConstraint("model_id", "number"),)
+
+
+class Consent(Table):
+    """That somebody agrees to be learned: without one in force their model is neither trained nor loaded."""
+
+    __tablename__ = "consents"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"), index=True)
+    granted_by: Mapped[str] = mapped_column(String(64))  # as the audit calls them
+    statement: Mapped[int]  # the version of what they agreed to
+    evidence: Mapped[str] = mapped_column(String(64))  # SHA-256 of the statement and the photos
+    granted_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
 class Queue(Table):
     """One row: the virtual time of the fair queue.
 
@@ -217,6 +281,8 @@ class Image(Table):
     sensitive: Mapped[bool] = mapped_column(default=False)
     words: Mapped[str] = mapped_column(Text)  # what the search reads: the prompt in lower case, or nothing
     model_id: Mapped[str] = mapped_column(Text)
+    base_hash: Mapped[str | None] = mapped_column(String(64))  # of the base that drew it
+    version_hash: Mapped[str | None] = mapped_column(String(64))  # of the user's own model, or models, over that
     width: Mapped[int]
     height: Mapped[int]
     seed: Mapped[int] = mapped_column(BigInteger)

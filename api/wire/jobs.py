@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from api.schemas import ErrorResponse, GenerateRequest
+from api.wire.models import TrainingState
 from api.wire.text import Text
 
 PLAIN = r"^[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f])?$"  # no control characters, no space around it
@@ -56,21 +57,27 @@ class JobImage(BaseModel):
 
 
 class Job(BaseModel):
-    """A generation: queued, running or ended."""
+    """A generation or a training: queued, running or ended."""
 
     id: str = Field(description="Name of the job.", examples=["019a9f3c2d10b1946ac93f21d07e"])
     user_id: str = Field(description="Whose model draws.", examples=["ada"])
     status: Status = Field(description="How far it is.", examples=["running"])
     prompt: str | None = Field(
-        description="What is drawn; null where it is sensitive and not yours.",
+        description="What is drawn or trained; null where it is sensitive and not yours.",
         examples=["photo of sks person as a futuristic astronaut"],
     )
     model_id: str = Field(description="The model that draws.", examples=["models/sitters/ada"])
     sensitive: bool = Field(description="Whether the prompt is kept encrypted.", examples=[False])
     num_images: int = Field(description="Pictures asked for.", examples=[1])
-    phase: str | None = Field(description="While it runs: `loading` or `drawing`.", examples=["drawing"])
-    step: int = Field(description="Denoising steps done.", examples=[12])
-    steps: int = Field(description="Denoising steps in all; 0 until drawing begins.", examples=[30])
+    kind: Literal["draw", "train"] = Field(description="Whether it draws, or trains a model.", examples=["draw"])
+    training: TrainingState | None = Field(description="What is known of a training; null of a drawing.")
+    phase: str | None = Field(
+        description="While it runs: `loading` or `drawing`; of a training `checking`, `caching`, `training`, "
+        "`validating`, `publishing` or `warming`.",
+        examples=["drawing"],
+    )
+    step: int = Field(description="Steps done.", examples=[12])
+    steps: int = Field(description="Steps in all; 0 until they begin.", examples=[30])
     position: int | None = Field(description="While it waits: 1 is next; null from the 500th on.", examples=[None])
     eta_seconds: float | None = Field(
         description="Seconds until it is done, by what recent jobs took; null when unknown.", examples=[2.1]

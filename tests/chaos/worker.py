@@ -107,7 +107,7 @@ class Faults:
 
     def install(self) -> None:
         claim, on_step, draw, save = jobs.claim, worker._InHand.on_step, generate.draw, generate.save
-        sync, end, publish = os.fsync, jobs._end, jobs.publish
+        sync, end, publish = os.fsync, jobs.end, jobs.publish
 
         async def claim_then(database: Database, *args: Any, **named: Any) -> Any:
             self._turn, self._loop = database._turn, asyncio.get_running_loop()
@@ -169,7 +169,7 @@ class Faults:
             (worker, "draw", draw_then),
             (whole, "os", SimpleNamespace(**{**vars(os), "fsync": sync_then})),  # type: ignore[list-item]
             (worker, "save", save_then),
-            (jobs, "_end", end_then),
+            (jobs, "end", end_then),
             (jobs, "publish", publish_then),
             (webhooks, "_payload", payload_then),
             (Deliverer, "_send", send_then),

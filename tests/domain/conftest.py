@@ -13,6 +13,7 @@ from api.domain.worker import Worker
 from api.model_service import ModelService
 from api.store.database import Database
 from api.store.files import PictureFolder
+from api.store.models import ModelFolder
 from api.store.vault import Vault
 from tests import builders
 
@@ -57,8 +58,15 @@ def pictures(tmp_path: Path) -> PictureFolder:
 
 
 @pytest.fixture
-def studio(models: ModelService, pictures: PictureFolder, vault: Vault) -> Studio:
-    return Studio(models, pictures, vault)
+def folder(tmp_path: Path) -> ModelFolder:
+    return ModelFolder(tmp_path / "data")
+
+
+@pytest.fixture
+def studio(
+    models: ModelService, pictures: PictureFolder, vault: Vault, database: Database, folder: ModelFolder
+) -> Studio:
+    return Studio(models, pictures, vault, database, folder)
 
 
 @pytest.fixture

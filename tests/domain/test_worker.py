@@ -3,6 +3,7 @@ import io
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from api.store.database import Database
 from api.store.files import PICTURE, PictureFolder
 from api.store.tables import Image as ImageRow
 from api.store.tables import Request, Usage
-from api.store.vault import Vault
 from tests import builders
 from tests.jobs import taken
 from tests.rows import image as image_row
@@ -122,19 +122,19 @@ class Loading(ModelService):
     def __init__(self) -> None:
         self.loaded = threading.Event()
 
-    def generate(self, request: GenerateRequest, on_step: Any = None, check: Any = None) -> Generation:
+    def generate(self, request: GenerateRequest, on_step: Any = None, check: Any = None, own: Any = ()) -> Generation:
         self.loaded.wait(PATIENCE)
         timings = Timings(queue=0, load=0, denoise=0, decode=0, encode=0)
-        return Generation([PNG], [0], "slow", False, "batch", timings, 0)
+        return Generation([PNG], [0], "slow", False, "batch", timings, 0, "")
 
     def warm(self) -> frozenset[str]:
         return frozenset()
 
 
 @pytest.fixture
-def loading(pictures: PictureFolder, vault: Vault) -> Iterator[Studio]:
+def loading(studio: Studio) -> Iterator[Studio]:
     models = Loading()
-    yield Studio(models, pictures, vault)
+    yield replace(studio, models=models)
     models.loaded.set()
 
 

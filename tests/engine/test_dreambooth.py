@@ -19,7 +19,7 @@ from api.engine import dreambooth
 from api.engine.dreambooth import SAMPLES, SCENES, Report, Trained, _worth
 from api.engine.judge import Scores
 from api.engine.lesson import Lesson
-from api.engine.trainer import Trainer
+from api.engine.trainer import Recipe, Trainer
 from api.errors import BadPicture, Cancelled, ModelUnavailable, TrainingFailed
 from api.model_service import ModelService
 from tests import builders
@@ -117,7 +117,7 @@ def test_its_file_draws_the_same_in_diffusers(open_service: Open, base_folder: P
 def test_killed_at_any_step_it_goes_on_to_the_same_end(
     open_service: Open, base_folder: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.engine.dreambooth.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("api.engine.dreambooth._Saving.is_due", lambda saving: True)
     whole = train(open_service(), base_folder, tmp_path / "whole")
 
     def kill(report: Report) -> None:
@@ -207,7 +207,8 @@ def test_the_state_of_another_lesson_is_not_gone_on_from(open_service: Open, bas
 
 
 def scored(likeness: float | None, obedience: float | None, variety: float = 1.0, step: int = 1) -> Trained:
-    return Trained(Path("x"), step, Scores(likeness, obedience, None if likeness is None else 1.0, variety), [])
+    scores = Scores(likeness, obedience, None if likeness is None else 1.0, variety)
+    return Trained(Path("x"), step, scores, [], Recipe(10, 4, 1e-3, 6, 2, 0), "")
 
 
 def test_what_may_be_published_goes_before_what_may_not_and_unknown_likeness_before_none() -> None:
@@ -223,8 +224,8 @@ def test_a_candidate_that_draws_nothing_is_dropped(
 ) -> None:
     judged = dreambooth._judged
 
-    def last_is_lost(*given: Any) -> Trained:
-        if given[4] == STEPS:
+    def last_is_lost(*given: Any) -> Any:
+        if given[3].stem == str(STEPS):
             raise BadPicture("lost")
         return judged(*given)
 

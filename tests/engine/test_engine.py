@@ -107,7 +107,7 @@ def loaded_base(engine: Engine, folder: Path) -> Base:
 
 
 def draw_with(engine: Engine, base: Base, adapter: Adapter | None) -> Drawing:
-    return engine.draw(LeasedModel(base, adapter, True), builders.request(), 7, lambda step: None)
+    return engine.draw(LeasedModel(base, "", adapter, True), builders.request(), 7, lambda step: None)
 
 
 def test_an_adapter_that_is_dropped_leaves_its_base(engine: Engine, base_folder: Path, tmp_path: Path) -> None:

@@ -14,14 +14,18 @@ from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from sqlalchemy import update
 
+from api.domain.photos import LEAST
 from api.domain.tokens import hash_key
 from api.domain.users import change_user
 from api.main import create_app
 from api.store.database import Database
+from api.store.models import WEIGHTS, ModelFolder
 from api.store.tables import ApiKey, new_id, now
 from api.wire.accounts import Scope
 from api.wire.admin import UserChange
 from tests import builders, people, rows
+from tests.domain.test_photos import picture, stored
+from tests.own import add_model
 from tests.people import PASSWORD
 
 DRAWING = {"prompt": "a knight", "user_id": "ada", "width": 256, "height": 256, "num_inference_steps": 1}
@@ -38,6 +42,7 @@ class Door:
     other: int | None = None  # to another user, when that is not as to Ada
     admin: int | None = None  # to an administrator, when that is not as to Ada
     body: Any = None
+    form: dict[str, Any] | None = None  # with pictures
     public: bool = False  # the same to everybody, credential or not
 
 
@@ -79,6 +84,18 @@ DOORS = {
     "GET /images/{image_id}": adas(200, "read"),
     "GET /images/{image_id}/file": adas(200, "read"),
     "DELETE /images/{image_id}": adas(204, "manage"),
+    "POST /trainings": Door(202, "manage", other=403, form={"user_id": "ada", "name": "ada", "consent": "true"}),
+    "GET /trainings/consent": mine(200, "read"),
+    "GET /models": mine(200, "read"),
+    "GET /models?user_id=ada": Door(200, "read", other=403),
+    "GET /models/{model_id}": adas(200, "read"),
+    "PATCH /models/{model_id}": adas(200, "manage", {"name": "other"}),
+    "DELETE /models/{model_id}": adas(204, "manage"),
+    "DELETE /models/{model_id}/consent": adas(200, "manage"),
+    "GET /models/{model_id}/versions": adas(200, "read"),
+    "POST /models/{model_id}/versions/{number}/publish": adas(200, "manage"),
+    "GET /models/{model_id}/versions/{number}/files/{name}": adas(200, "read"),
+    "GET /models/{model_id}/file": adas(200, "read"),
     "POST /auth/login": public(422, {}),
     "POST /auth/logout": mine(204, None),
     "POST /setup": public(401, {"token": "wrong", "user_id": "eve", "password": PASSWORD}),
@@ -134,6 +151,8 @@ class House:
         self.app = app
         self.database = database
         self._output = output
+        self.folder = ModelFolder(output.parent / "data")
+        self.photos = [("pictures", (f"{seed}.png", stored(picture(seed)))) for seed in range(LEAST)]
 
     async def inhabit(self) -> None:
         self.keys: dict[str, str | None] = {"nobody": None, "a forged key": "sk_" + "A" * 43}
@@ -165,7 +184,7 @@ class House:
             self.keys[f"{who}'s key without {scope}"] = await people.add_key(self.database, user_id, rest)
 
     async def adas_things(self) -> dict[str, str]:
-        """A job that has ended, a picture and a key."""
+        """A job that has ended, a picture, a key and a model of her own."""
         job = rows.request("ada", status="cancelled", finished_at=now())
         image = rows.image(job)
         self._output.mkdir(exist_ok=True)
@@ -176,14 +195,17 @@ class House:
             key = ApiKey(user_id="ada", name="a thing", prefix="sk_", hash=new_id(), scopes=["read"], revoked_at=now())
             session.add_all([image, key])
             await session.flush()
-        return {"job_id": job.id, "image_id": image.id, "key_id": key.id, "user_id": "ada"}
+        model, version = await add_model(self.database, self.folder, "ada", new_id())
+        things = {"job_id": job.id, "image_id": image.id, "key_id": key.id, "user_id": "ada"}
+        return things | {"model_id": model.id, "number": str(version.number), "name": WEIGHTS}
 
     async def answer(self, name: str, who: str, things: dict[str, str]) -> httpx2.Response:
         """What the door called `name` answers to `who`."""
         method, _, path = name.partition(" ")
         async with people.client_of(self.app, self.keys[who]) as client:
-            headers = {"Prefer": "respond-async"}
-            return await client.request(method, path.format_map(things), json=DOORS[name].body, headers=headers)
+            headers, door = {"Prefer": "respond-async"}, DOORS[name]
+            sent: dict[str, Any] = {"data": door.form, "files": self.photos} if door.form else {"json": door.body}
+            return await client.request(method, path.format_map(things), headers=headers, **sent)
 
 
 @pytest.fixture
@@ -236,7 +258,8 @@ async def test_every_door_opens_to_whom_it_should_alone(house: House) -> None:
 
 @pytest.mark.anyio
 async def test_what_is_anothers_looks_like_what_is_not_there(house: House) -> None:
-    nothing = dict.fromkeys(("job_id", "image_id", "key_id"), NOT_THERE) | {"user_id": "nobody"}
+    nothing = dict.fromkeys(("job_id", "image_id", "key_id", "model_id"), NOT_THERE) | {"user_id": "nobody"}
+    nothing |= {"number": "1", "name": WEIGHTS}
     for name, door in DOORS.items():
         if door.other == 404:
             anothers = await house.answer(name, "another user", await house.adas_things())

@@ -16,7 +16,8 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, delete, func, insert, select, text, update
+from sqlalchemy import MetaData, create_engine, delete, func, insert, select, text, update
+from sqlalchemy import Table as Core
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -74,13 +75,15 @@ async def test_pictures_of_before_the_lanes_were_drawn_by_the_stock_call(empty_d
     command.upgrade(config, "0002")
     database = Database(empty_database_url)
     statuses = ("queued", "running", "succeeded", "failed", "cancelled")
+    columns = [column._copy() for column in Request.__table__.columns if column.name not in ("kind", "reached")]
+    then = Core("requests", MetaData(), *columns)  # without the columns that are to come
     async with database.transaction() as session:
         session.add(rows.user("ada"))
         await session.flush()
         for status in statuses:
             written = {**vars(rows.request("ada", id=status, status=status))}
             written.pop("_sa_instance_state")
-            await session.execute(insert(Request).values(written))  # without the columns that are to come
+            await session.execute(insert(then).values(written))
     migrate(empty_database_url)
     async with database.reading() as session:
         lanes = {job.id: job.lane for job in await session.scalars(select(Request))}

@@ -1,0 +1,80 @@
+"""Folders of trainings and models that belong to nothing any more: left by ends, crashes and erasures."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+
+import anyio.to_thread
+import structlog
+from sqlalchemy import ColumnElement, exists, select
+
+from api.domain.history import ENDED
+from api.errors import SitterError
+from api.store.database import Database
+from api.store.models import ModelFolder
+from api.store.tables import Consent, Model, ModelVersion, Request
+
+log = structlog.get_logger()
+
+SWEEP_SECONDS = 20.0  # photos shall not outlive their training by much
+VERSIONS_EVERY = 180  # sweeps: what was erased is gone at once, as a rule
+ORPHAN_SECONDS = 3600.0  # how old what no row knows must be before it is taken for left over
+ROWS_AT_ONCE = 500
+
+
+async def keep_swept(folder: ModelFolder, database: Database) -> None:
+    """Sweeps now and then, until it is cancelled."""
+    for number in itertools.count():
+        try:
+            removed = await sweep_trainings(folder, database)
+            if number % VERSIONS_EVERY == 0:
+                removed += await sweep_versions(folder, database)
+            if removed:
+                log.info("swept", folders=removed)
+        except SitterError as error:
+            log.warning(error.code, reason=error.detail)
+        await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def sweep_trainings(folder: ModelFolder, database: Database, seconds: float = ORPHAN_SECONDS) -> int:
+    """Removes what trainings needed that have ended, or that no row knows; returns how many folders those were.
+
+    Photos stay where their owner wished so and still agrees to the model.
+    """
+    removed = 0
+    for some in _batches(await anyio.to_thread.run_sync(folder.trainings)):
+        async with database.reading() as session:
+            asked = select(Request.id, Request.status, Request.parameters).where(Request.id.in_(some))
+            jobs = {job_id: (status, parameters) for job_id, status, parameters in await session.execute(asked)}
+            models = {parameters["model"] for _, parameters in jobs.values() if parameters["keep_pictures"]}
+            agreed = set(await session.scalars(select(Model.id).where(Model.id.in_(models), _agreed())))
+        for job_id, age in some.items():
+            status, parameters = jobs.get(job_id, (None, {}))
+            if status in ENDED or (status is None and age > seconds):
+                keep = status == "succeeded" and parameters["keep_pictures"] and parameters["model"] in agreed
+                removed += await anyio.to_thread.run_sync(folder.end_training, job_id, keep)
+    return removed
+
+
+async def sweep_versions(folder: ModelFolder, database: Database, seconds: float = ORPHAN_SECONDS) -> int:
+    """Removes versions that no row knows, or to which nobody agrees any more; returns how many those were."""
+    removed = 0
+    for some in _batches(await anyio.to_thread.run_sync(folder.versions)):
+        async with database.reading() as session:
+            rows = select(ModelVersion.id, _agreed()).join(Model, Model.id == ModelVersion.model_id)
+            known = {row[0]: row[1] for row in await session.execute(rows.where(ModelVersion.id.in_(some)))}
+        for version_id, age in some.items():
+            if not known.get(version_id, age <= seconds):
+                removed += await anyio.to_thread.run_sync(folder.delete, version_id)
+    return removed
+
+
+def _batches(ages: dict[str, float]) -> Iterator[dict[str, float]]:
+    entries = iter(ages.items())
+    while some := dict(itertools.islice(entries, ROWS_AT_ONCE)):
+        yield some
+
+
+def _agreed() -> ColumnElement[bool]:
+    """Returns whether a row of `models` has a consent that was not taken back; it may have ended by itself."""
+    return exists().where(Consent.model_id == Model.id, Consent.revoked_at.is_(None))

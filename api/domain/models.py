@@ -1,0 +1,145 @@
+"""The registry: users' own models, their versions, and which of them draws a request."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.config import DEFAULT_USER, ModelSource
+from api.domain.policy import ConsentMissing, consented
+from api.engine.own import OwnModel
+from api.errors import InvalidRequest, ModelUnavailable, NotFound
+from api.schemas import GenerateRequest
+from api.store.database import Database
+from api.store.models import ModelFolder
+from api.store.tables import Model, ModelVersion
+
+
+@dataclass(frozen=True)
+class Known:
+    """A version that a user has: whether it is the one that draws, since when, and whether it may."""
+
+    model_id: str
+    owner: str
+    name: str
+    number: int
+    version_id: str
+    source: ModelSource  # of its base
+    published: bool
+    published_at: datetime | None
+    consented: bool
+
+    @property
+    def label(self) -> str:
+        """What the API calls it."""
+        return f"{self.owner}/{self.name}@{self.number}"
+
+
+Picked = Sequence[tuple[Known, float]]
+"""Versions that draw a request, and how much each counts."""
+
+
+async def known(session: AsyncSession, user_ids: Collection[str]) -> dict[str, list[Known]]:
+    """Returns every version that these users have, by user."""
+    columns = (Model, ModelVersion.id, ModelVersion.number, ModelVersion.source, consented())
+    found = select(*columns).join(ModelVersion, ModelVersion.model_id == Model.id).where(Model.user_id.in_(user_ids))
+    versions = defaultdict[str, list[Known]](list)
+    for model, version_id, number, source, may in await session.execute(found):
+        published = version_id == model.published_id
+        versions[model.user_id].append(
+            Known(
+                model.id,
+                model.user_id,
+                model.name,
+                number,
+                version_id,
+                ModelSource.model_validate(source),
+                published,
+                model.published_at if published else None,
+                may,
+            )
+        )
+    return versions
+
+
+def pick(known: Sequence[Known], request: GenerateRequest) -> Picked:
+    """Returns the versions that draw `request`, of those that its user has; none where a configured model does.
+
+    Raises:
+        NotFound: it names a model or a version that the user does not have.
+        InvalidRequest: no version of that model is published, or they are not over one base.
+        ConsentMissing: whoever the model shows does not agree to it any more.
+    """
+    if request.adapters:
+        picked = [(_named(known, one.model, one.model_version), one.weight) for one in request.adapters]
+        if len({version.source for version, _ in picked}) > 1:
+            raise InvalidRequest("the adapters are over different bases", "Name models of the same base.")
+        return picked
+    if request.model == DEFAULT_USER:
+        return []
+    if request.model is not None:
+        return [(_named(known, request.model, request.model_version), 1.0)]
+    published = [version for version in known if version.published_at is not None and version.consented]
+    if not published:
+        return []
+    return [(max(published, key=lambda version: (version.published_at, version.version_id)), 1.0)]
+
+
+def _named(known: Sequence[Known], name: str, number: int | None) -> Known:
+    versions = [version for version in known if name in (version.name, version.model_id)]
+    if not versions:
+        raise NotFound(f"there is no model {name} of this user", "GET /models lists them.")
+    wanted = [version for version in versions if (version.published if number is None else version.number == number)]
+    if not wanted and number is None:
+        raise InvalidRequest(f"no version of {name} is published", "Publish one, or name a model_version.")
+    if not wanted:
+        raise NotFound(f"{name} has no version {number}", "GET /models/{id}/versions lists them.")
+    if not wanted[0].consented:
+        raise ConsentMissing(f"whoever {name} shows does not agree to it any more")
+    return wanted[0]
+
+
+async def own_models(
+    database: Database, folder: ModelFolder, user_id: str, wanted: Sequence[tuple[str, float]]
+) -> list[tuple[OwnModel, float]]:
+    """Returns versions of a user's own models as the engine draws with them, and how much each counts.
+
+    Whether they may be drawn with is asked anew: what was so when a job was accepted may be over.
+
+    Raises:
+        ModelUnavailable: one was erased.
+        ConsentMissing: whoever one shows does not agree to it any more.
+    """
+    if not wanted:
+        return []
+    columns = select(ModelVersion, Model, consented()).join(Model, Model.id == ModelVersion.model_id)
+    found = columns.where(ModelVersion.id.in_([version_id for version_id, _ in wanted]), Model.user_id == user_id)
+    async with database.reading() as session:
+        versions = {version.id: (version, model, may) for version, model, may in await session.execute(found)}
+    own = list[tuple[OwnModel, float]]()
+    for version_id, weight in wanted:
+        if version_id not in versions:
+            raise ModelUnavailable("the model that was to draw this was erased", "Ask again with another.")
+        version, model, may = versions[version_id]
+        if not may:
+            raise ConsentMissing(f"whoever {model.name} shows does not agree to it any more")
+        own.append((own_model(folder, model, version), weight))
+    return own
+
+
+def own_model(folder: ModelFolder, model: Model, version: ModelVersion) -> OwnModel:
+    """Returns a version as the engine loads it."""
+    base: dict[str, Any] = version.source
+    return OwnModel(
+        **base,
+        lora=str(folder.weights_of(version.id)),
+        owner=model.user_id,
+        name=model.name,
+        number=version.number,
+        version_id=version.id,
+        sha256=version.sha256,
+    )

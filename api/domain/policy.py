@@ -1,0 +1,33 @@
+"""The rules that no door passes by. So far: nobody's model is trained or drawn with unless they agree."""
+
+import hashlib
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, exists, or_
+
+from api.errors import Forbidden
+from api.store.tables import Consent, Model, now
+
+STATEMENTS = {
+    1: "I am the person in these pictures, or they have told me that they agree: a model may be trained on them and "
+    "draw them for me. I can take this back at any time; the model and the pictures are then deleted.",
+}
+STATEMENT = max(STATEMENTS)  # the version that is agreed to now
+
+
+class ConsentMissing(Forbidden):
+    """Whoever a model shows has not agreed to it, or not any more."""
+
+    code = "consent_missing"
+    hint = "Ask them, and train it anew with their consent."
+
+
+def consented() -> ColumnElement[bool]:
+    """Returns whether a consent in force is there for a row of `models`."""
+    lasts = or_(Consent.expires_at.is_(None), Consent.expires_at > now())
+    return exists().where(Consent.model_id == Model.id, Consent.revoked_at.is_(None), lasts)
+
+
+def evidence(statement: int, photos: Sequence[str]) -> str:
+    """Returns the hash of what was agreed to: the statement's words, and the SHA-256 of each photo."""
+    return hashlib.sha256("\n".join([STATEMENTS[statement], *photos]).encode()).hexdigest()

@@ -1,0 +1,302 @@
+"""What owners do with their models: look at them, rename, publish and roll back, take their consent back, erase."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+import structlog
+from sqlalchemy import func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.config import DEFAULT_USER, Settings
+from api.domain import audit, jobs
+from api.domain.accounts import Caller
+from api.domain.policy import ConsentMissing, consented
+from api.domain.wake import Wake
+from api.domain.worker import BEAT
+from api.errors import Conflict, NotFound, SitterError
+from api.model_service import ModelService
+from api.store import tables
+from api.store.database import Database
+from api.store.models import WEIGHTS, ModelFolder
+from api.store.tables import Consent, ModelVersion, Request, User, now
+from api.wire.models import ConsentRecord, Model, Version
+
+log = structlog.get_logger()
+
+REVOKED = "consent.revoked"  # in the audit; its detail names the versions that nobody draws with any more
+ERASED = "model.erased"  # likewise
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What looking after models needs."""
+
+    settings: Settings
+    database: Database
+    folder: ModelFolder
+    models: ModelService
+    wake: Wake
+
+
+async def page(registry: Registry, caller: Caller, user_id: str | None) -> list[Model]:
+    """Returns the models that the caller may see, or those of one user; the configured ones at the end.
+
+    Raises:
+        Forbidden: `user_id` is somebody else.
+    """
+    owner = caller.owner_filter(user_id)
+    wanted = select(tables.Model).order_by(tables.Model.id)
+    if owner is not None:
+        wanted = wanted.where(tables.Model.user_id == owner)
+    async with registry.database.reading() as session:
+        own = await _described(session, list(await session.scalars(wanted)))
+    users = [user for user in registry.settings.user_models if owner is None or user in (owner, DEFAULT_USER)]
+    return own + [_configured(registry.settings, user) for user in users]
+
+
+async def find(registry: Registry, caller: Caller, model_id: str) -> Model:
+    """Returns the model. Raises NotFound when there is none that the caller may see."""
+    async with registry.database.reading() as session:
+        return (await _described(session, [await _get(session, caller, model_id)]))[0]
+
+
+async def versions(registry: Registry, caller: Caller, model_id: str) -> list[Version]:
+    """Returns a model's versions, newest first. Raises NotFound when there is none that the caller may see."""
+    async with registry.database.reading() as session:
+        model = await _get(session, caller, model_id)
+        found = select(ModelVersion).where(ModelVersion.model_id == model.id).order_by(ModelVersion.number.desc())
+        return [_version(model, version) for version in await session.scalars(found)]
+
+
+async def rename(registry: Registry, caller: Caller, model_id: str, name: str) -> Model:
+    """Gives a model another name.
+
+    Raises:
+        NotFound: there is none that the caller may see.
+        Conflict: its user has one of that name already.
+    """
+    try:
+        async with registry.database.transaction() as session:
+            model = await _get(session, caller, model_id)
+            model.name = name
+            await session.flush()
+            return (await _described(session, [model]))[0]
+    except IntegrityError as error:
+        raise Conflict(f"there is a model {name} already", "Choose another name.") from error
+
+
+async def publish(registry: Registry, caller: Caller, model_id: str, number: int) -> Model:
+    """Has a version draw from now on: a newer one, or an older one again.
+
+    Raises:
+        NotFound: there is no such version that the caller may see.
+        ConsentMissing: whoever it shows does not agree to it any more.
+    """
+    async with registry.database.transaction() as session:
+        model = await _get(session, caller, model_id)
+        version = await _numbered(session, model, number)
+        if not await session.scalar(select(consented()).where(tables.Model.id == model.id)):
+            raise ConsentMissing(f"whoever {model.name} shows does not agree to it any more")
+        model.published_id, model.published_at = version.id, now()
+        await audit.append(session, caller.name, "model.published", f"model:{model.id}", version=number)
+        return (await _described(session, [model]))[0]
+
+
+async def file_of(
+    registry: Registry, caller: Caller, model_id: str, number: int | None = None, name: str = WEIGHTS
+) -> tuple[Path, str]:
+    """Returns a file of a version, of the published one if no number is given, and its SHA-256.
+
+    Raises:
+        NotFound: there is no such file that the caller may see, or no version is published.
+    """
+    async with registry.database.reading() as session:
+        model = await _get(session, caller, model_id)
+        if number is None:
+            published = await session.get(ModelVersion, model.published_id or "")
+            if published is None:
+                raise NotFound("no version of this model is published", "Name a version.")
+            version = published
+        else:
+            version = await _numbered(session, model, number)
+    path = registry.folder.file_of(version.id, name)
+    if name not in version.files or not await anyio.to_thread.run_sync(path.is_file):
+        raise NotFound("this file of the model is not there")
+    return path, version.files[name]
+
+
+async def revoke(registry: Registry, caller: Caller, model_id: str) -> Model:
+    """Takes the consent to a model back: nobody draws with it any more, and its files and photos are deleted.
+
+    Raises:
+        NotFound: there is none that the caller may see.
+        StorageUnavailable: it is out of use, and a file cannot be removed; `sweep` does it later.
+    """
+    async with registry.database.transaction() as session:
+        model, gone = await _out_of_use(session, caller, model_id)
+        model.published_id = model.published_at = None
+        await audit.append(session, caller.name, REVOKED, f"model:{model.id}", versions=gone.versions)
+        described = (await _described(session, [model]))[0]
+    await forget(registry, gone)
+    return described
+
+
+async def erase(registry: Registry, caller: Caller, model_id: str) -> None:
+    """Erases a model with its versions, files and photos; a line of the audit keeps the hashes of its weights.
+
+    Raises as `revoke` does.
+    """
+    async with registry.database.transaction() as session:
+        model, gone = await _out_of_use(session, caller, model_id)
+        await session.delete(model)
+        said = {"versions": gone.versions, "sha256": gone.sha256}
+        await audit.append(session, caller.name, ERASED, f"model:{model.id}", **said)
+    await forget(registry, gone)
+
+
+@dataclass(frozen=True)
+class Gone:
+    """What is out of use: versions, the hashes of their weights, trainings, and jobs that are to be told."""
+
+    versions: list[str]
+    sha256: list[str]
+    trainings: list[str]
+    told: Sequence[str] = ()
+
+
+async def gone_with(session: AsyncSession, models: Collection[str]) -> Gone:
+    """Returns what goes with these models."""
+    columns = select(ModelVersion.id, ModelVersion.sha256).where(ModelVersion.model_id.in_(models))
+    made = (await session.execute(columns.order_by(ModelVersion.id))).all()
+    owners = select(tables.Model.user_id).where(tables.Model.id.in_(models))
+    trained = select(Request.id, Request.parameters).where(Request.user_id.in_(owners), Request.kind == "train")
+    trainings = [job_id for job_id, made in await session.execute(trained) if made["model"] in models]
+    return Gone([version for version, _ in made], [sha256 for _, sha256 in made], trainings)
+
+
+async def forget(registry: Registry, gone: Gone) -> None:
+    """Removes from memory and disk what is out of use, and tells its jobs."""
+    for topic in (*gone.told, BEAT):
+        registry.wake.wake(topic)
+    await anyio.to_thread.run_sync(registry.models.revoke, gone.versions)
+    await anyio.to_thread.run_sync(_delete_files, registry.folder, gone)
+
+
+def _delete_files(folder: ModelFolder, gone: Gone) -> None:
+    for delete, names in ((folder.delete, gone.versions), (folder.end_training, gone.trainings)):
+        for name in names:
+            try:
+                delete(name)
+            except SitterError as error:
+                log.warning("file_left_over", name=name, reason=error.detail)
+
+
+async def _out_of_use(session: AsyncSession, caller: Caller, model_id: str) -> tuple[tables.Model, Gone]:
+    """Holds a model, ends its consents and its jobs; returns it and what goes with it."""
+    user_id = (await _get(session, caller, model_id)).user_id
+    await session.execute(select(User.id).where(User.id == user_id).with_for_update())
+    session.expire_all()  # somebody else may have erased it before we held the user
+    model = await _get(session, caller, model_id)
+    gone = await gone_with(session, [model.id])
+    active = select(Request.id, Request.versions).where(
+        Request.user_id == model.user_id, Request.status.in_(["queued", "running"])
+    )
+    mine = [
+        job_id
+        for job_id, drawn in await session.execute(active)
+        if job_id in gone.trainings or {version_id for version_id, _ in drawn or ()} & set(gone.versions)
+    ]
+    ended, asked = await jobs.cancel_some(session, model.user_id, mine)
+    in_force = update(Consent).where(Consent.model_id == model.id, Consent.revoked_at.is_(None))
+    await session.execute(in_force.values(revoked_at=now()))
+    return model, Gone(gone.versions, gone.sha256, gone.trainings, [*ended, *asked])
+
+
+async def _get(session: AsyncSession, caller: Caller, model_id: str) -> tables.Model:
+    model = await session.get(tables.Model, model_id)
+    if model is None or not caller.may_see(model.user_id):
+        raise NotFound("there is no such model")
+    return model
+
+
+async def _numbered(session: AsyncSession, model: tables.Model, number: int) -> ModelVersion:
+    wanted = select(ModelVersion).where(ModelVersion.model_id == model.id, ModelVersion.number == number)
+    version = await session.scalar(wanted)
+    if version is None:
+        raise NotFound(f"this model has no version {number}")
+    return version
+
+
+async def _described(session: AsyncSession, models: Sequence[tables.Model]) -> list[Model]:
+    ids = [model.id for model in models]
+    counted = select(ModelVersion.model_id, func.count()).where(ModelVersion.model_id.in_(ids))
+    counts = {row[0]: row[1] for row in await session.execute(counted.group_by(ModelVersion.model_id))}
+    published = select(tables.Model.id, ModelVersion.number).where(tables.Model.id.in_(ids))
+    joined = published.join(ModelVersion, ModelVersion.id == tables.Model.published_id)
+    numbers = {row[0]: row[1] for row in await session.execute(joined)}
+    newest = select(Consent).where(Consent.model_id.in_(ids)).order_by(Consent.id)
+    consents = {consent.model_id: consent for consent in await session.scalars(newest)}
+    allowed = set(await session.scalars(select(tables.Model.id).where(tables.Model.id.in_(ids), consented())))
+    return [
+        _model(model, counts.get(model.id, 0), numbers.get(model.id), consents.get(model.id), model.id in allowed)
+        for model in models
+    ]
+
+
+def _model(model: tables.Model, versions: int, published: int | None, consent: Consent | None, allowed: bool) -> Model:
+    status = "ready" if published else "unpublished" if versions else "untrained"
+    name = f"{model.user_id}/{model.name}"
+    return Model(
+        id=model.id,
+        user_id=model.user_id,
+        name=model.name,
+        token=model.token,
+        class_noun=model.class_noun,
+        model_id=f"{name}@{published}" if published else name,
+        status=status if allowed else "revoked",
+        version=published,
+        versions=versions,
+        consent=consent and ConsentRecord.model_validate(consent, from_attributes=True),
+        created_at=model.created_at,
+    )
+
+
+def _configured(settings: Settings, user: str) -> Model:
+    source = settings.user_models[user]
+    return Model(
+        id=f"configured:{user}",
+        user_id=user,
+        name=DEFAULT_USER,
+        token=None,
+        class_noun=None,
+        model_id=source.model_id,
+        status="configured",
+        version=None,
+        versions=0,
+        consent=None,
+        created_at=None,
+    )
+
+
+def _version(model: tables.Model, version: ModelVersion) -> Version:
+    here = f"/models/{model.id}/versions/{version.number}"
+    samples = sorted(name for name in version.files if name != WEIGHTS)
+    return Version(
+        version=version.number,
+        published=version.id == model.published_id,
+        kind=version.kind,
+        base=version.source["base"],
+        base_hash=version.base_hash,
+        sha256=version.sha256,
+        files=version.files,
+        bytes=version.bytes,
+        parameters=version.parameters,
+        scores=version.scores,
+        refusal=version.refusal,
+        samples=[f"{here}/files/{name}" for name in samples],
+        job_id=version.request_id,
+        created_at=version.created_at,
+    )

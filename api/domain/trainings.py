@@ -1,0 +1,359 @@
+"""Trainings: photos and a consent become a job, and the job a version of the user's own model."""
+
+import io
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from api.config import ModelSource, Settings
+from api.domain import audit, jobs, quota
+from api.domain.generate import Studio
+from api.domain.jobs import QUEUED, RUNNING, Claim, Progress
+from api.domain.models import own_models
+from api.domain.photos import Photo
+from api.domain.policy import STATEMENT, ConsentMissing, consented, evidence
+from api.engine.lesson import Lesson
+from api.errors import Busy, Cancelled, InvalidRequest, KeyReused, NotAuthenticated, NotFound
+from api.store.database import Database
+from api.store.models import WEIGHTS, ModelFolder, sha256
+from api.store.tables import Consent, Model, ModelVersion, Queue, Request, Usage, User, new_id, now
+from api.store.vault import Vault
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from api.engine.dreambooth import Report
+
+TOKEN = "sks"
+PREVIEW_SIDE = 256  # pixels
+CURVE_POINTS = 100  # of the loss that are kept
+Tell = Callable[[Progress], None]
+Check = Callable[[], None]
+Beat = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """A training as it was asked for: whose, of what, and with whose consent."""
+
+    user_id: str
+    name: str
+    class_noun: str
+    photos: Sequence[Photo]
+    verdicts: Sequence[dict[str, Any]]  # of every picture that came, as the wire shows them
+    source: ModelSource  # of the base
+    granted_by: str
+    steps: int | None = None
+    rank: int | None = None
+    seed: int = 0
+    flip: bool = False
+    keep_pictures: bool = False
+    webhook_url: str | None = None
+    idempotency_key: str | None = None
+
+    def parameters(self) -> dict[str, Any]:
+        """Returns what the job has to know."""
+        asked = {name: getattr(self, name) for name in ("class_noun", "steps", "rank", "seed", "flip", "keep_pictures")}
+        return {**asked, "source": self.source.model_dump(exclude_defaults=True)}
+
+
+async def submit(
+    settings: Settings, database: Database, vault: Vault, folder: ModelFolder, order: TrainingOrder
+) -> Request:
+    """Keeps the photos and writes the job, its model where that is new, and the consent.
+
+    Once this returns, the model will be trained, whatever happens to the server.
+
+    Raises:
+        KeyReused: that Idempotency-Key came with another training.
+        LimitReached: a limit of the user is used up.
+        Busy: the whole queue is full.
+        NotFound: there is no such user.
+        NotAuthenticated: the user is disabled.
+        InvalidRequest: the model of that name shows something else than that class.
+        StorageFull, StorageUnavailable, DatabaseUnavailable: nothing was accepted.
+    """
+    job_id = new_id()
+    written = False
+    try:
+        await anyio.to_thread.run_sync(folder.keep_photos, job_id, [photo.png for photo in order.photos])
+        async with database.transaction() as session:
+            job = await _accept(session, settings, vault, order, job_id)
+        written = job.id == job_id
+    finally:
+        if not written:
+            await anyio.to_thread.run_sync(folder.end_training, job_id)
+    return job
+
+
+async def _accept(
+    session: AsyncSession, settings: Settings, vault: Vault, order: TrainingOrder, job_id: str
+) -> Request:
+    if settings.auth == "open":
+        await quota.ensure_users(session, [order.user_id])
+    user = await session.get(User, order.user_id, with_for_update=True)
+    if user is None:
+        raise NotFound(f"there is no user {order.user_id}")
+    photos = [photo.sha256 for photo in order.photos]
+    body = repr((order.name, order.parameters(), photos, order.webhook_url)).encode()
+    if order.idempotency_key is not None:
+        same = select(Request).where(Request.user_id == user.id, Request.idempotency_key == order.idempotency_key)
+        if known := await session.scalar(same):
+            if not vault.matches(known.body_hash, body):
+                raise KeyReused("this Idempotency-Key was used for another request")
+            return known
+    if user.disabled:
+        raise NotAuthenticated("this user is disabled")
+    queued = await session.scalar(select(func.count()).where(QUEUED)) or 0
+    if queued >= settings.max_queued:
+        raise Busy(f"{queued} jobs are waiting already")
+    used = await quota.used(session, [user.id])
+    quota.check(user, used[user.id], settings, images=0, steps=0)
+    model = await _model(session, order)
+    consent = Consent(
+        model_id=model.id, granted_by=order.granted_by, statement=STATEMENT, evidence=evidence(STATEMENT, photos)
+    )
+    job = Request(
+        id=job_id,
+        user_id=user.id,
+        kind="train",
+        description=f"{model.name}: {model.token}",
+        parameters=order.parameters() | {"model": model.id},
+        training={"pictures": list(order.verdicts)},
+        model_id=f"{user.id}/{model.name}",
+        webhook_url=order.webhook_url,
+        idempotency_key=order.idempotency_key,
+        body_hash=vault.digest(body),
+        images=0,
+        steps=0,
+        work=0,  # it has a share of the device of its own, and costs nobody's turn
+        start_tag=max(await session.scalar(select(Queue.virtual_time)) or 0, user.finish_tag),
+    )
+    session.add_all([consent, job])
+    await session.flush()
+    said = {"statement": STATEMENT, "evidence": consent.evidence}
+    await audit.append(session, order.granted_by, "consent.granted", f"model:{model.id}", **said)
+    return job
+
+
+async def _model(session: AsyncSession, order: TrainingOrder) -> Model:
+    """Returns the user's model of that name, made if it is new."""
+    named = select(Model).where(Model.user_id == order.user_id, Model.name == order.name)
+    model = await session.scalar(named.with_for_update())
+    if model is None:
+        token = f"{TOKEN} {order.class_noun}"
+        model = Model(user_id=order.user_id, name=order.name, token=token, class_noun=order.class_noun)
+        session.add(model)
+        await session.flush()
+    if model.class_noun != order.class_noun:
+        raise InvalidRequest(
+            f"{order.name} is a model of a {model.class_noun}, not of a {order.class_noun}", "Choose another name."
+        )
+    return model
+
+
+async def learn(studio: Studio, claim: Claim, tell: Tell, beat: Beat, check: Check, threads: CapacityLimiter) -> None:
+    """Trains, and writes the version that comes of it; begun again it goes on from where it was.
+
+    Args:
+        studio: what training needs.
+        claim: the job.
+        tell: is told how far it is.
+        beat: writes that down at once.
+        check: called now and then.
+        threads: where it computes.
+
+    Raises:
+        ConsentMissing: nobody agrees to it any more.
+        SitterError: nothing was learned; or whatever `tell` or `check` raised.
+    """
+    told = _Told(tell, dict(claim.job.training or {}))
+    told.phase("checking")
+    await beat()
+    version = await _version_of(studio.database, claim.job)
+    if version is None:
+        made = await anyio.to_thread.run_sync(_learn, studio, claim.job, told, check, limiter=threads)
+        told.phase("publishing")
+        await beat()
+        version = await _add_version(studio, claim, made)
+    told.know(version=version.number, scores=version.scores, refusal=version.refusal)
+    if version.refusal is None:
+        told.phase("warming")
+        await beat()
+        ((own, _),) = await own_models(studio.database, studio.folder, claim.job.user_id, [(version.id, 1.0)])
+        await anyio.to_thread.run_sync(studio.models.warm_up, own, limiter=threads)
+
+
+async def publish(database: Database, claim: Claim) -> bool:
+    """Ends a training; from now on its version draws, unless it was found wanting.
+
+    Returns False, having changed nothing, when the job is no longer this claim's.
+
+    Raises:
+        ConsentMissing: nobody agrees to it any more.
+    """
+    job = claim.job
+    async with database.transaction() as session:
+        version = await session.scalar(select(ModelVersion).where(ModelVersion.request_id == job.id))
+        if version is None:
+            return False
+        ended = await jobs.end(
+            session,
+            claim,
+            status="succeeded",
+            model_id=f"{job.model_id}@{version.number}",
+            warnings=[version.refusal] if version.refusal else [],
+            step=Request.step_count,
+        )
+        if not ended:
+            return False
+        model = await _model_of(session, job)
+        if version.refusal is None:
+            model.published_id, model.published_at = version.id, now()
+        seconds = version.parameters["seconds"]
+        steps = version.parameters["step"]
+        session.add(Usage(request_id=job.id, user_id=job.user_id, images=0, steps=steps, work=0, seconds=seconds))
+    return True
+
+
+async def _version_of(database: Database, job: Request) -> ModelVersion | None:
+    """Returns the version that an earlier attempt made. Raises ConsentMissing when nobody agrees to it any more."""
+    async with database.reading() as session:
+        await _model_of(session, job)
+        return await session.scalar(select(ModelVersion).where(ModelVersion.request_id == job.id))
+
+
+async def _model_of(session: AsyncSession, job: Request) -> Model:
+    """Returns the model that a training is for, held. Raises ConsentMissing when nobody agrees to it any more."""
+    agreed = select(Model).where(Model.user_id == job.user_id, Model.id == job.parameters["model"], consented())
+    model = await session.scalar(agreed.with_for_update())
+    if model is None:
+        raise ConsentMissing("whoever is in the pictures does not agree to it any more")
+    return model
+
+
+async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVersion:
+    """Keeps what was made; nothing draws with it yet. Raises Cancelled when somebody else has the job."""
+    version_id, job = new_id(), claim.job
+    await anyio.to_thread.run_sync(studio.folder.keep, version_id, made.files)
+    version = None
+    try:
+        async with studio.database.transaction() as session:
+            ours = select(Request.id).where(Request.id == job.id, RUNNING, Request.token == claim.token)
+            if await session.scalar(ours.with_for_update()) is None:
+                raise Cancelled("somebody else has this job now")
+            model = await _model_of(session, job)
+            last = select(func.max(ModelVersion.number)).where(ModelVersion.model_id == model.id)
+            version = ModelVersion(
+                id=version_id,
+                model_id=model.id,
+                number=(await session.scalar(last) or 0) + 1,
+                kind="lora",
+                source=job.parameters["source"],
+                base_hash=made.base_hash,
+                sha256=sha256(made.files[WEIGHTS]),
+                files={name: sha256(content) for name, content in made.files.items()},
+                bytes=sum(map(len, made.files.values())),
+                parameters=made.parameters,
+                scores=made.scores,
+                refusal=made.refusal,
+                request_id=job.id,
+            )
+            session.add(version)
+    finally:
+        if version is None:
+            await anyio.to_thread.run_sync(studio.folder.delete, version_id)
+    return version
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a training made: the files of a version, and what is known of it."""
+
+    files: dict[str, bytes]
+    parameters: dict[str, Any]
+    scores: dict[str, Any]
+    refusal: str | None
+    base_hash: str
+
+
+def _learn(studio: Studio, job: Request, told: "_Told", check: Check) -> _Made:
+    began = time.monotonic()
+    asked = job.parameters
+    lesson = Lesson(
+        studio.folder.photos_of(job.id),
+        asked["class_noun"],
+        TOKEN,
+        steps=asked["steps"],
+        rank=asked["rank"],
+        seed=asked["seed"],
+        flip=asked["flip"],
+    )
+    base = ModelSource.model_validate(asked["source"])
+    trained = studio.models.train(base, lesson, studio.folder.work_of(job.id), told.report, check)
+    samples = {f"sample-{number}.png": _png(image) for number, image in enumerate(trained.samples, start=1)}
+    return _Made(
+        {WEIGHTS: trained.file.read_bytes(), **samples},
+        {**asdict(trained.recipe), "step": trained.step, "seconds": round(time.monotonic() - began, 1)},
+        asdict(trained.scores),
+        trained.scores.refusal(),
+        trained.base_hash,
+    )
+
+
+class _Told:
+    """Tells how far a training is, and what is known of it so far.
+
+    Args:
+        send: where it is told.
+        training: what is known already.
+    """
+
+    def __init__(self, send: Tell, training: dict[str, Any]) -> None:
+        self._send = send
+        self._training = training
+        self._now = Progress("checking")
+
+    def phase(self, name: str) -> None:
+        """Says that it has come to another phase."""
+        self._now = Progress(name, self._now.step, self._now.step_count)
+        self._send(self._now)
+
+    def know(self, **values: Any) -> None:
+        """Says what is known of it besides."""
+        self._training = {**self._training, **values}
+        self._send(replace(self._now, training=self._training))
+
+    def report(self, report: "Report") -> None:
+        """Says what the engine does."""
+        preview = None if report.sample is None else _jpeg(report.sample)
+        self._now = Progress(report.phase, report.done, report.of)
+        training = self._losses(report.done, report.of, report.loss) if report.phase == "training" else None
+        self._send(replace(self._now, preview=preview, preview_step=report.done, training=training))
+
+    def _losses(self, done: int, of: int, loss: float | None) -> dict[str, Any] | None:
+        if loss is None or done % max(1, of // CURVE_POINTS):
+            return None
+        # Begun again from its last state, it comes by the same steps again.
+        before = [point for point in self._training.get("losses", []) if point[0] < done]
+        self._training = {**self._training, "losses": [*before, [done, round(loss, 4)]]}
+        return self._training
+
+
+def _png(image: "Image") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _jpeg(image: "Image") -> bytes:
+    buffer, small = io.BytesIO(), image.copy()
+    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    small.save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()

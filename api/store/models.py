@@ -1,0 +1,142 @@
+"""The folders of users' own models: their versions, and what their trainings need."""
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from api.errors import NotFound, StorageFull, StorageUnavailable
+from api.store.files import NO_ROOM
+from api.whole import sync_folder, write_whole
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ID = re.compile(r"[0-9a-f]{28}")
+FILE = re.compile(r"[A-Za-z0-9][\w.-]*")
+PART = ".part"
+PHOTOS = "photos"
+WORK = "work"
+
+
+class ModelFolder:
+    """Keeps versions, each in a folder of its own that is whole or not there, and trainings under way.
+
+    Args:
+        data_dir: where `models/` and `trainings/` are, or are made when something is kept in them.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._versions = data_dir.absolute() / "models"
+        self._trainings = data_dir.absolute() / "trainings"
+
+    def file_of(self, version_id: str, name: str) -> Path:
+        """Returns where a file of a version is, or would be. Raises NotFound for what is no plain name."""
+        if not ID.fullmatch(version_id) or not FILE.fullmatch(name):
+            raise NotFound("there is no such file")
+        return self._versions / version_id / name
+
+    def weights_of(self, version_id: str) -> Path:
+        """Returns where a version's weights are, or would be."""
+        return self.file_of(version_id, WEIGHTS)
+
+    def keep(self, version_id: str, files: Mapping[str, bytes]) -> None:
+        """Keeps the files of a version, all of them or none.
+
+        Raises:
+            StorageFull: the disk has no room.
+            StorageUnavailable: the folder cannot be written to.
+        """
+        _keep_whole(self._versions / version_id, files)
+
+    def delete(self, version_id: str) -> bool:
+        """Removes a version's files; returns whether they were there. Raises StorageUnavailable when they stay."""
+        return _remove(self._versions / version_id)
+
+    def keep_photos(self, job_id: str, photos: Sequence[bytes]) -> None:
+        """Keeps the photos (PNG) of a training, all of them or none. Raises as `keep` does."""
+        files = {f"{number:02}.png": photo for number, photo in enumerate(photos)}
+        _keep_whole(self._trainings / job_id / PHOTOS, files)
+
+    def photos_of(self, job_id: str) -> list[bytes]:
+        """Returns the photos of a training. Raises NotFound when they are gone."""
+        try:
+            found = [file.read_bytes() for file in sorted((self._trainings / job_id / PHOTOS).iterdir())]
+        except OSError as error:
+            raise NotFound("the photos of this training are not there any more") from error
+        return found
+
+    def work_of(self, job_id: str) -> Path:
+        """Returns the folder where a training keeps its states; makes it. Raises StorageFull, StorageUnavailable."""
+        folder = self._trainings / job_id / WORK
+        with _told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def end_training(self, job_id: str, keep_photos: bool = False) -> bool:
+        """Removes what a training needed; returns whether it was there. Raises StorageUnavailable when it stays."""
+        return _remove(self._trainings / job_id / WORK if keep_photos else self._trainings / job_id)
+
+    def versions(self) -> dict[str, float]:
+        """Returns the ids of all versions that have files, also of those not whole, and their ages in seconds."""
+        return dict(_ages(self._versions))
+
+    def trainings(self) -> dict[str, float]:
+        """Returns the ids of all trainings that have files, and their ages in seconds."""
+        return dict(_ages(self._trainings))
+
+
+def sha256(content: bytes) -> str:
+    """Returns the SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise StorageFull(f"the disk of {folder.parent.name}/ is full") from error
+        raise StorageUnavailable(f"{folder.parent.name}/ cannot be written to: {error.strerror}") from error
+
+
+def _keep_whole(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder under another name, and gives it its own once all is on the disk."""
+    part = folder.with_name(folder.name + PART)
+    with _told(folder):
+        try:
+            part.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for name, content in files.items():
+                write_whole(part / name, content, mode=0o600, prefix=".")
+            part.replace(folder)
+            sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def _remove(folder: Path) -> bool:
+    part = folder.with_name(folder.name + PART)
+    with _told(folder):
+        there = folder.exists()
+        if there:
+            shutil.rmtree(part, ignore_errors=True)  # of an earlier try
+            folder.replace(part)  # gone at once for whoever would read it
+        elif not part.exists():
+            return False
+        shutil.rmtree(part)
+    return True
+
+
+def _ages(folder: Path) -> Iterator[tuple[str, float]]:
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name.removesuffix(PART)
+            if ID.fullmatch(name):
+                with suppress(FileNotFoundError):  # somebody removed it meanwhile
+                    yield name, time.time() - entry.stat(follow_symlinks=False).st_mtime
