@@ -237,6 +237,10 @@ class ModelService:
         with suppress(EngineUnavailable):  # it has loaded nothing then, and never will
             self._shelf.revoke(version_ids)
 
+    def base_hash(self, source: ModelSource) -> str:
+        """Returns what tells the base of `source` from every other. Raises ModelUnavailable."""
+        return self.engine.hash_of(self._shelf.find(source.without_lora()))
+
     def warm_up(self, own: OwnModel) -> None:
         """Loads a user's own model, so that their first picture does not wait for it. Raises as `generate` does."""
         with self._shelf.lease(own, owner=own.owner):

@@ -52,6 +52,15 @@ def _name_once(part: Path, path: Path) -> None:
         part.replace(path)  # of two at the same moment the last one wins
 
 
+def sync_file(path: Path) -> None:
+    """Has what was written to a file on the disk when it returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in `folder` last, where the disk knows how."""
     handle = os.open(folder, os.O_RDONLY)

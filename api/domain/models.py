@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import DEFAULT_USER, ModelSource
@@ -15,8 +15,10 @@ from api.engine.own import OwnModel
 from api.errors import InvalidRequest, ModelUnavailable, NotFound
 from api.schemas import GenerateRequest
 from api.store.database import Database
-from api.store.models import ModelFolder
+from api.store.models import CHECKPOINT, INDEX, ModelFolder
 from api.store.tables import Model, ModelVersion
+
+TOKEN = "sks"  # the rare word that whoever is learned answers to
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Known:
     name: str
     number: int
     version_id: str
+    kind: str
     source: ModelSource  # of its base
     published: bool
     published_at: datetime | None
@@ -45,10 +48,10 @@ Picked = Sequence[tuple[Known, float]]
 
 async def known(session: AsyncSession, user_ids: Collection[str]) -> dict[str, list[Known]]:
     """Returns every version that these users have, by user."""
-    columns = (Model, ModelVersion.id, ModelVersion.number, ModelVersion.source, consented())
+    columns = (Model, ModelVersion.id, ModelVersion.number, ModelVersion.kind, ModelVersion.source, consented())
     found = select(*columns).join(ModelVersion, ModelVersion.model_id == Model.id).where(Model.user_id.in_(user_ids))
     versions = defaultdict[str, list[Known]](list)
-    for model, version_id, number, source, may in await session.execute(found):
+    for model, version_id, number, kind, source, may in await session.execute(found):
         published = version_id == model.published_id
         versions[model.user_id].append(
             Known(
@@ -57,6 +60,7 @@ async def known(session: AsyncSession, user_ids: Collection[str]) -> dict[str, l
                 model.name,
                 number,
                 version_id,
+                kind,
                 ModelSource.model_validate(source),
                 published,
                 model.published_at if published else None,
@@ -78,6 +82,8 @@ def pick(known: Sequence[Known], request: GenerateRequest) -> Picked:
         picked = [(_named(known, one.model, one.model_version), one.weight) for one in request.adapters]
         if len({version.source for version, _ in picked}) > 1:
             raise InvalidRequest("the adapters are over different bases", "Name models of the same base.")
+        if any(version.kind != "lora" for version, _ in picked):
+            raise InvalidRequest("a whole model is no adapter", "Name it as `model`, alone.")
         return picked
     if request.model == DEFAULT_USER:
         return []
@@ -93,13 +99,13 @@ def _named(known: Sequence[Known], name: str, number: int | None) -> Known:
     versions = [version for version in known if name in (version.name, version.model_id)]
     if not versions:
         raise NotFound(f"there is no model {name} of this user", "GET /models lists them.")
+    if not versions[0].consented:
+        raise ConsentMissing(f"whoever {name} shows does not agree to it any more")
     wanted = [version for version in versions if (version.published if number is None else version.number == number)]
     if not wanted and number is None:
         raise InvalidRequest(f"no version of {name} is published", "Publish one, or name a model_version.")
     if not wanted:
         raise NotFound(f"{name} has no version {number}", "GET /models/{id}/versions lists them.")
-    if not wanted[0].consented:
-        raise ConsentMissing(f"whoever {name} shows does not agree to it any more")
     return wanted[0]
 
 
@@ -134,12 +140,41 @@ async def own_models(
 def own_model(folder: ModelFolder, model: Model, version: ModelVersion) -> OwnModel:
     """Returns a version as the engine loads it."""
     base: dict[str, Any] = version.source
+    if version.kind == "lora":
+        where = {**base, "lora": str(folder.weights_of(version.id))}
+    elif CHECKPOINT in version.files:  # its shapes and its tokenizer are those of the base that it was checked against
+        where = {"base": str(folder.file_of(version.id, CHECKPOINT)), "config": base.get("config") or base["base"]}
+    else:
+        where = {"base": str(folder.file_of(version.id, INDEX).parent)}
     return OwnModel(
-        **base,
-        lora=str(folder.weights_of(version.id)),
+        **where,
         owner=model.user_id,
         name=model.name,
         number=version.number,
         version_id=version.id,
         sha256=version.sha256,
     )
+
+
+async def open_model(session: AsyncSession, user_id: str, name: str, class_noun: str) -> Model:
+    """Returns the user's model of that name, held; it is made if it is new.
+
+    Raises:
+        InvalidRequest: it shows something else than that class.
+    """
+    model = await session.scalar(select(Model).where(Model.user_id == user_id, Model.name == name).with_for_update())
+    if model is None:
+        model = Model(user_id=user_id, name=name, token=f"{TOKEN} {class_noun}", class_noun=class_noun)
+        session.add(model)
+        await session.flush()
+    if model.class_noun != class_noun:
+        raise InvalidRequest(
+            f"{name} is a model of a {model.class_noun}, not of a {class_noun}", "Choose another name."
+        )
+    return model
+
+
+async def next_number(session: AsyncSession, model: Model) -> int:
+    """Returns what the next version of a model is called, which the transaction holds."""
+    last = select(func.max(ModelVersion.number)).where(ModelVersion.model_id == model.id)
+    return (await session.scalar(last) or 0) + 1

@@ -7,16 +7,14 @@ decoded at a time.
 import hashlib
 import io
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO
-from zipfile import BadZipFile, ZipFile
 
 from PIL import Image, ImageFilter, ImageOps, ImageStat
 
+from api.domain.archives import open_archive
 from api.errors import InvalidRequest
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -34,9 +32,6 @@ NEAR = 12  # bits of 256 in which the fingerprints of two near duplicates differ
 FINGERPRINT_SIDE = 16
 TOLD = 10  # reasons in an answer
 NAME_LETTERS = 100
-MOST_ENTRIES = 1000  # of an archive
-INDEX_BYTES = 1_000_000
-END_BYTES = 66_000  # at the end of a ZIP, in which it tells where its index is: 22, and a comment
 ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4: which side of a photo is up
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -113,38 +108,16 @@ def in_archive(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     Raises:
         InvalidRequest: it is no ZIP that could be read, holds too many files, or one that lies outside of it.
     """
-    try:
-        _refuse_large_index(file)
-        with ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_litter(entry.filename)]
-            if len(entries) > MOST_FILES:
-                raise InvalidRequest(f"the archive holds {len(entries)} files", f"{MOST} pictures are enough.")
-            for entry in entries:
-                if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
-                    raise InvalidRequest("the archive holds a file that lies outside of it", "Pack the pictures anew.")
-                with archive.open(entry) as opened:
-                    content = opened.read(MOST_BYTES + 1)
-                yield entry.filename, content
-    except (BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
-        raise InvalidRequest(
-            "the archive is no ZIP that can be read", "Pack the pictures anew, without a password."
-        ) from error
-
-
-def _refuse_large_index(file: IO[bytes]) -> None:
-    """Raises BadZipFile when the list of a ZIP's files is long: it would be read into memory whole.
-
-    Its place is told by the end of the file (APPNOTE 6.3.10, 4.3.16).
-    """
-    size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - END_BYTES))
-    end = file.read()
-    at = end.rfind(b"PK\x05\x06")
-    if at < 0 or len(end) < at + 22:
-        raise BadZipFile("no end")
-    count, index_bytes = struct.unpack_from("<HI", end, at + 10)
-    if count > MOST_ENTRIES or index_bytes > INDEX_BYTES:
-        raise InvalidRequest(f"the archive holds over {MOST_ENTRIES} files", f"{MOST} pictures are enough.")
+    with open_archive(file) as archive:
+        entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_litter(entry.filename)]
+        if len(entries) > MOST_FILES:
+            raise InvalidRequest(f"the archive holds {len(entries)} files", f"{MOST} pictures are enough.")
+        for entry in entries:
+            if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
+                raise InvalidRequest("the archive holds a file that lies outside of it", "Pack the pictures anew.")
+            with archive.open(entry) as opened:
+                content = opened.read(MOST_BYTES + 1)
+            yield entry.filename, content
 
 
 def _is_litter(name: str) -> bool:

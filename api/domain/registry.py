@@ -16,11 +16,11 @@ from api.domain.accounts import Caller
 from api.domain.policy import ConsentMissing, consented
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
-from api.errors import Conflict, NotFound, SitterError
+from api.errors import Conflict, InvalidRequest, ModelUnavailable, NotFound, SitterError
 from api.model_service import ModelService
 from api.store import tables
 from api.store.database import Database
-from api.store.models import WEIGHTS, ModelFolder
+from api.store.models import CHECKPOINT, WEIGHTS, ModelFolder
 from api.store.tables import Consent, ModelVersion, Request, User, now
 from api.wire.models import ConsentRecord, Model, Version
 
@@ -122,10 +122,26 @@ async def file_of(
             version = published
         else:
             version = await _numbered(session, model, number)
+    if name == WEIGHTS and CHECKPOINT in version.files:
+        name = CHECKPOINT
     path = registry.folder.file_of(version.id, name)
     if name not in version.files or not await anyio.to_thread.run_sync(path.is_file):
         raise NotFound("this file of the model is not there")
     return path, version.files[name]
+
+
+async def as_kohya(file: Path) -> bytes:
+    """Returns a LoRA with kohya's keys. Raises InvalidRequest when it is none that has them."""
+
+    def convert() -> bytes:
+        from api.engine.kohya import to_kohya  # torch comes with it
+
+        return to_kohya(file)
+
+    try:
+        return await anyio.to_thread.run_sync(convert)
+    except ModelUnavailable as error:
+        raise InvalidRequest(f"this model has no such form: {error.detail}", "Take it as it is.") from error
 
 
 async def revoke(registry: Registry, caller: Caller, model_id: str) -> Model:

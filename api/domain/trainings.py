@@ -15,11 +15,11 @@ from api.config import ModelSource, Settings
 from api.domain import audit, jobs, quota
 from api.domain.generate import Studio
 from api.domain.jobs import QUEUED, RUNNING, Claim, Progress
-from api.domain.models import own_models
+from api.domain.models import TOKEN, next_number, open_model, own_models
 from api.domain.photos import Photo
 from api.domain.policy import STATEMENT, ConsentMissing, consented, evidence
 from api.engine.lesson import Lesson
-from api.errors import Busy, Cancelled, InvalidRequest, KeyReused, NotAuthenticated, NotFound
+from api.errors import Busy, Cancelled, KeyReused, NotAuthenticated, NotFound
 from api.store.database import Database
 from api.store.models import WEIGHTS, ModelFolder, sha256
 from api.store.tables import Consent, Model, ModelVersion, Queue, Request, Usage, User, new_id, now
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from api.engine.dreambooth import Report
 
-TOKEN = "sks"
 PREVIEW_SIDE = 256  # pixels
 CURVE_POINTS = 100  # of the loss that are kept
 Tell = Callable[[Progress], None]
@@ -115,7 +114,7 @@ async def _accept(
         raise Busy(f"{queued} jobs are waiting already")
     used = await quota.used(session, [user.id])
     quota.check(user, used[user.id], settings, images=0, steps=0)
-    model = await _model(session, order)
+    model = await open_model(session, user.id, order.name, order.class_noun)
     consent = Consent(
         model_id=model.id, granted_by=order.granted_by, statement=STATEMENT, evidence=evidence(STATEMENT, photos)
     )
@@ -140,22 +139,6 @@ async def _accept(
     said = {"statement": STATEMENT, "evidence": consent.evidence}
     await audit.append(session, order.granted_by, "consent.granted", f"model:{model.id}", **said)
     return job
-
-
-async def _model(session: AsyncSession, order: TrainingOrder) -> Model:
-    """Returns the user's model of that name, made if it is new."""
-    named = select(Model).where(Model.user_id == order.user_id, Model.name == order.name)
-    model = await session.scalar(named.with_for_update())
-    if model is None:
-        token = f"{TOKEN} {order.class_noun}"
-        model = Model(user_id=order.user_id, name=order.name, token=token, class_noun=order.class_noun)
-        session.add(model)
-        await session.flush()
-    if model.class_noun != order.class_noun:
-        raise InvalidRequest(
-            f"{order.name} is a model of a {model.class_noun}, not of a {order.class_noun}", "Choose another name."
-        )
-    return model
 
 
 async def learn(studio: Studio, claim: Claim, tell: Tell, beat: Beat, check: Check, threads: CapacityLimiter) -> None:
@@ -249,11 +232,10 @@ async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVers
             if await session.scalar(ours.with_for_update()) is None:
                 raise Cancelled("somebody else has this job now")
             model = await _model_of(session, job)
-            last = select(func.max(ModelVersion.number)).where(ModelVersion.model_id == model.id)
             version = ModelVersion(
                 id=version_id,
                 model_id=model.id,
-                number=(await session.scalar(last) or 0) + 1,
+                number=await next_number(session, model),
                 kind="lora",
                 source=job.parameters["source"],
                 base_hash=made.base_hash,

@@ -277,7 +277,9 @@ class Alphas:
         """Reads the fields of a peft LoraConfig."""
         if config.get("use_dora"):
             raise ModelUnavailable("the adapter is a DoRA, which is not supported", "Train it as a plain LoRA.")
-        patterns = {layer: float(value) for layer, value in (config.get("alpha_pattern") or {}).items()}
+        given = (config.get("alpha_pattern") or {}).items()
+        # transformers before 5 had one more level.
+        patterns = {layer.removeprefix("text_model."): float(value) for layer, value in given}
         # peft takes regular expressions; a file from anybody must not bring one that runs forever.
         if odd := [layer for layer in patterns if not re.fullmatch(r"[\w.]+", layer)]:
             raise ModelUnavailable(f"the adapter's alpha_pattern {odd[0]} is not the plain name of a layer")

@@ -10,7 +10,8 @@ from api.routes.errors import error_answer
 
 MAX_BODY_BYTES = 1_000_000
 BODY_SECONDS = 20.0
-UPLOADS = {"/trainings": 420_000_000}  # bytes of the bodies that routes read piece by piece themselves
+# Bytes of the bodies that routes read piece by piece themselves.
+UPLOADS = {"/trainings": 420_000_000, "/models": 8_100_000_000}
 BYTES_PER_SECOND = 20_000  # that an upload brings at least, after its first seconds
 
 

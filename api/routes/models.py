@@ -1,23 +1,35 @@
 """Models: the list, one and its versions, publishing and rolling back, its files, consent and erasure."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import FileResponse
+from starlette.datastructures import FormData
 
 from api.config import UserId
-from api.domain import registry
+from api.domain import registry, uploads
+from api.domain.uploads import Place, UploadOrder
+from api.errors import InvalidRequest
+from api.routes import forms
 from api.routes.caller import CallerDep, require
 from api.routes.errors import error_responses
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id
-from api.wire.models import Model, ModelChange, ModelList, VersionList
+from api.wire.models import Model, ModelChange, ModelList, UploadRequest, VersionList
 
 router = APIRouter(prefix="/models", tags=["Models"])
 
 ModelId = Annotated[Id, Path(description="Names the model.", examples=["019a9f3c2d10b1946ac93f21d07e"])]
 Number = Annotated[int, Path(description="Of the version.", ge=1, le=2**31 - 1, examples=[1])]
 CACHE = "private, max-age=31536000, immutable"  # a version never changes
+FILE, ARCHIVE = "file", "archive"
+SENT = {
+    FILE: {
+        **forms.FILE,
+        "description": "A LoRA of diffusers, peft or kohya, or a checkpoint: safetensors.",
+    },
+    ARCHIVE: {**forms.FILE, "description": "Instead, a ZIP of the folder of a LoRA or of a whole model."},
+}
 READ, MANAGE = [Depends(require("read"))], [Depends(require("manage"))]
 
 
@@ -29,6 +41,43 @@ async def list_models(
 ) -> ModelList:
     """Lists your own models, and at the end what the operator configured for you."""
     return ModelList(models=await registry.page(service.registry, caller, user_id))
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Send a model",
+    responses=error_responses(400, 401, 403, 404, 408, 413, 422, 429, 503, 507),
+    dependencies=MANAGE,
+    openapi_extra=forms.document(UploadRequest, **SENT),
+)
+async def add_model(http: Request, service: ServiceDep, caller: CallerDep, response: Response) -> Model:
+    """Takes a model that was trained elsewhere: checked first, it draws from then on, as the newest version."""
+    async with http.form(max_files=1, max_fields=forms.MOST_FIELDS, max_part_size=forms.FIELD_BYTES) as form:
+        request = forms.read(form, UploadRequest, FILE, ARCHIVE)
+        order = UploadOrder(
+            caller.acts_for(request.user_id),
+            request.name,
+            request.class_noun,
+            forms.base_named(service.settings, request.base),
+            caller.name,
+        )
+        await service.pictures.require_room()
+        place = _place(form)
+        model_id = await uploads.receive(
+            service.settings, service.database, service.folder, service.models, order, place
+        )
+    response.headers["Location"] = f"/models/{model_id}"
+    return await registry.find(service.registry, caller, model_id)
+
+
+def _place(form: FormData) -> Place:
+    files, archives = forms.uploads(form, FILE), forms.uploads(form, ARCHIVE)
+    if len(files) + len(archives) != 1:
+        raise InvalidRequest("send one file or one archive", "A LoRA or checkpoint as `file`, a folder as `archive`.")
+    if archives:
+        return uploads.unpacked(archives[0].file)
+    return uploads.placed(files[0].filename or "", files[0].file)
 
 
 @router.get("/{model_id}", summary="Look at a model", responses=error_responses(401, 403, 404), dependencies=READ)
@@ -94,7 +143,7 @@ async def publish_version(model_id: ModelId, number: Number, service: ServiceDep
 
 
 @router.get(
-    "/{model_id}/versions/{number}/files/{name}",
+    "/{model_id}/versions/{number}/files/{name:path}",
     summary="Fetch a file of a version",
     response_class=FileResponse,
     responses=error_responses(401, 403, 404, 422),
@@ -125,8 +174,15 @@ async def fetch_weights(
     service: ServiceDep,
     caller: CallerDep,
     version: Annotated[int | None, Query(description="Which; the published one.", ge=1, le=2**31 - 1)] = None,
-) -> FileResponse:
-    """Sends the weights of a version as a LoRA that diffusers loads (safetensors)."""
+    style: Annotated[
+        Literal["diffusers", "kohya"], Query(description="`kohya` is what A1111 and ComfyUI read.")
+    ] = "diffusers",
+) -> Response:
+    """Sends the weights of a version: a LoRA that diffusers loads, or, for other programs, with kohya's keys."""
     model = await registry.find(service.registry, caller, model_id)
     path, sha256 = await registry.file_of(service.registry, caller, model_id, version)
-    return FileResponse(path, headers={"ETag": f'"{sha256}"'}, filename=f"{model.name}.safetensors")
+    name = f"{model.name}.safetensors"
+    if style == "diffusers":
+        return FileResponse(path, headers={"ETag": f'"{sha256}"'}, filename=name)
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(await registry.as_kohya(path), headers=headers, media_type="application/octet-stream")

@@ -6,11 +6,8 @@ from typing import Annotated, Any
 import anyio.to_thread
 from anyio import CapacityLimiter
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData
 
-from api.config import DEFAULT_USER, ModelSource, Settings
 from api.domain import history, photos, trainings
 from api.domain.photos import MOST_BYTES, MOST_FILES, Chosen
 from api.domain.policy import STATEMENT, STATEMENTS
@@ -18,6 +15,7 @@ from api.domain.trainings import TrainingOrder
 from api.domain.wake import Wake
 from api.domain.webhooks import check_webhook_url
 from api.errors import InvalidRequest
+from api.routes import forms
 from api.routes.caller import CallerDep, require
 from api.routes.errors import error_responses
 from api.routes.jobs import describe
@@ -32,15 +30,10 @@ PICTURES, ARCHIVE = "pictures", "archive"
 _one_at_a_time = CapacityLimiter(1)  # a photo is up to 52 MB while it is looked at
 
 
-def _form() -> dict[str, Any]:
-    """Returns what OpenAPI says of the form: it is read by hand, once it is known who sends it."""
-    schema = TrainingRequest.model_json_schema()
-    binary = {"type": "string", "format": "binary"}
-    schema["properties"] |= {
-        PICTURES: {"type": "array", "items": binary, "description": "3 to 20 pictures: JPEG, PNG or WebP."},
-        ARCHIVE: {**binary, "description": "A ZIP of them instead."},
-    }
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+PHOTOS: dict[str, Any] = {
+    PICTURES: {"type": "array", "items": forms.FILE, "description": "3 to 20 pictures: JPEG, PNG or WebP."},
+    ARCHIVE: {**forms.FILE, "description": "A ZIP of them instead."},
+}
 
 
 @router.post(
@@ -49,14 +42,14 @@ def _form() -> dict[str, Any]:
     summary="Train a model of somebody from a few pictures",
     responses=error_responses(400, 401, 403, 404, 408, 413, 422, 429, 503, 507),
     dependencies=[Depends(require("manage"))],
-    openapi_extra=_form(),
+    openapi_extra=forms.document(TrainingRequest, **PHOTOS),
 )
 async def make_training(
     http: Request, service: ServiceDep, caller: CallerDep, response: Response, idempotency_key: IdempotencyKey = None
 ) -> Job:
     """Accepts a training: a job that is followed as every other, and ends with a version that draws."""
-    async with http.form(max_files=MOST_FILES, max_fields=32, max_part_size=10_000) as form:
-        request = _request(form)
+    async with http.form(max_files=MOST_FILES, max_fields=forms.MOST_FIELDS, max_part_size=forms.FIELD_BYTES) as form:
+        request = forms.read(form, TrainingRequest, PICTURES, ARCHIVE)
         user_id = caller.acts_for(request.user_id)
         if request.webhook_url is not None:
             check_webhook_url(request.webhook_url, service.settings)
@@ -69,7 +62,7 @@ async def make_training(
         request.class_noun,
         chosen.photos,
         _verdicts(chosen),
-        _base(service.settings, request.base),
+        forms.base_named(service.settings, request.base),
         caller.name,
         idempotency_key=idempotency_key,
         **request.model_dump(include={"steps", "rank", "seed", "flip", "keep_pictures", "webhook_url"}),
@@ -86,22 +79,13 @@ async def show_statement(_: Annotated[None, Depends(require("read"))]) -> Statem
     return Statement(version=STATEMENT, text=STATEMENTS[STATEMENT])
 
 
-def _request(form: FormData) -> TrainingRequest:
-    fields = {name: value for name, value in form.items() if name not in (PICTURES, ARCHIVE)}
-    try:
-        return TrainingRequest.model_validate(fields)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from error
-
-
 def _files(form: FormData) -> Iterator[tuple[str, bytes]]:
     """Yields the pictures that were sent, one after the other.
 
     Raises:
         InvalidRequest: there are none, or an archive besides.
     """
-    sent, archives = _uploads(form, PICTURES), _uploads(form, ARCHIVE)
+    sent, archives = forms.uploads(form, PICTURES), forms.uploads(form, ARCHIVE)
     if len(archives) + bool(sent) != 1:
         raise InvalidRequest("send pictures or one archive", "Repeat the field `pictures`, or send a ZIP as `archive`.")
     for archive in archives:
@@ -110,22 +94,5 @@ def _files(form: FormData) -> Iterator[tuple[str, bytes]]:
         yield upload.filename or "", upload.file.read(MOST_BYTES + 1)
 
 
-def _uploads(form: FormData, field: str) -> list[UploadFile]:
-    sent = form.getlist(field)
-    if not all(isinstance(one, UploadFile) for one in sent):
-        raise InvalidRequest(f"{field} is a file", f"With curl: -F {field}=@FILE.")
-    return [one for one in sent if isinstance(one, UploadFile)]
-
-
 def _verdicts(chosen: Chosen) -> list[dict[str, Any]]:
     return [{"name": name, "good": reason is None, "reason": reason} for name, reason in chosen.verdicts]
-
-
-def _base(settings: Settings, named: str | None) -> ModelSource:
-    """Returns a base that the operator configured. Raises InvalidRequest for any other."""
-    configured = {source.base: source.without_lora().itself() for source in settings.user_models.values()}
-    if named is None:
-        return settings.source_for(DEFAULT_USER).without_lora().itself()
-    if named not in configured:
-        raise InvalidRequest(f"there is no base {named}", f"There are {', '.join(sorted(configured))}.")
-    return configured[named]

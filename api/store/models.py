@@ -11,11 +11,13 @@ from pathlib import Path
 
 from api.errors import NotFound, StorageFull, StorageUnavailable
 from api.store.files import NO_ROOM
-from api.whole import sync_folder, write_whole
+from api.whole import sync_file, sync_folder, write_whole
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+CHECKPOINT = "model.safetensors"  # a whole model as one file
+INDEX = "model_index.json"  # of a whole model as a folder
 ID = re.compile(r"[0-9a-f]{28}")
-FILE = re.compile(r"[A-Za-z0-9][\w.-]*")
+FILE = re.compile(r"([A-Za-z0-9][\w-]*/)?[A-Za-z0-9][\w.-]*")  # a whole model has folders in its folder
 PART = ".part"
 PHOTOS = "photos"
 WORK = "work"
@@ -37,6 +39,23 @@ class ModelFolder:
         if not ID.fullmatch(version_id) or not FILE.fullmatch(name):
             raise NotFound("there is no such file")
         return self._versions / version_id / name
+
+    def begin(self, version_id: str) -> Path:
+        """Returns an empty folder in which a version may be put together. Raises StorageFull, StorageUnavailable."""
+        part = self._versions / f"{version_id}{PART}"
+        with told(part):
+            part.mkdir(parents=True, mode=0o700)
+        return part
+
+    def finish(self, version_id: str) -> None:
+        """Makes what `begin` began the version's folder, once it is on the disk. Raises as `begin` does."""
+        part = self._versions / f"{version_id}{PART}"
+        with told(part):
+            for file in part.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            part.replace(self._versions / version_id)
+            sync_folder(self._versions)
 
     def weights_of(self, version_id: str) -> Path:
         """Returns where a version's weights are, or would be."""
@@ -71,7 +90,7 @@ class ModelFolder:
     def work_of(self, job_id: str) -> Path:
         """Returns the folder where a training keeps its states; makes it. Raises StorageFull, StorageUnavailable."""
         folder = self._trainings / job_id / WORK
-        with _told(folder):
+        with told(folder):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -94,7 +113,8 @@ def sha256(content: bytes) -> str:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def told(folder: Path) -> Iterator[None]:
+    """Tells what keeps the block from writing into `folder`. Raises StorageFull, StorageUnavailable."""
     try:
         yield
     except OSError as error:
@@ -106,7 +126,7 @@ def _told(folder: Path) -> Iterator[None]:
 def _keep_whole(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder under another name, and gives it its own once all is on the disk."""
     part = folder.with_name(folder.name + PART)
-    with _told(folder):
+    with told(folder):
         try:
             part.mkdir(parents=True, exist_ok=True, mode=0o700)
             for name, content in files.items():
@@ -120,7 +140,7 @@ def _keep_whole(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _remove(folder: Path) -> bool:
     part = folder.with_name(folder.name + PART)
-    with _told(folder):
+    with told(folder):
         there = folder.exists()
         if there:
             shutil.rmtree(part, ignore_errors=True)  # of an earlier try

@@ -102,8 +102,8 @@ class Statement(BaseModel):
     text: str = Field(description="Its words.")
 
 
-class TrainingRequest(BaseModel):
-    """What to train, from which pictures; the fields of a form."""
+class UploadRequest(BaseModel):
+    """Whose model is sent, and what it shows; the fields of a form."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -116,8 +116,13 @@ class TrainingRequest(BaseModel):
     )
     user_id: UserId | None = Field(default=None, description="Whose model it shall be; yours.", examples=["eve"])
     base: Text | None = Field(
-        default=None, max_length=500, description="The configured base to train over; that of `default`."
+        default=None, max_length=500, description="The configured base that it is over; that of `default`."
     )
+
+
+class TrainingRequest(UploadRequest):
+    """What to train, from which pictures; the fields of a form."""
+
     steps: int | None = Field(default=None, ge=1, le=MOST_STEPS, description="Of training; as the base likes it.")
     rank: int | None = Field(default=None, ge=1, le=MOST_RANK, description="Of the LoRA; 16.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="The same seed trains the same model.")

@@ -86,6 +86,7 @@ DOORS = {
     "DELETE /images/{image_id}": adas(204, "manage"),
     "POST /trainings": Door(202, "manage", other=403, form={"user_id": "ada", "name": "ada", "consent": "true"}),
     "GET /trainings/consent": mine(200, "read"),
+    "POST /models": Door(422, "manage", other=403, form={"user_id": "ada", "name": "ada", "consent": "true"}),
     "GET /models": mine(200, "read"),
     "GET /models?user_id=ada": Door(200, "read", other=403),
     "GET /models/{model_id}": adas(200, "read"),

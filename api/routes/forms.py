@@ -1,0 +1,55 @@
+"""Forms with files, read by hand once it is known who sends them; FastAPI would read them first."""
+
+from typing import Any, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from api.config import DEFAULT_USER, ModelSource, Settings
+from api.errors import InvalidRequest
+
+Fields = TypeVar("Fields", bound=BaseModel)
+FILE = {"type": "string", "format": "binary"}
+MOST_FIELDS = 32
+FIELD_BYTES = 10_000
+
+
+def document(fields: type[BaseModel], **files: dict[str, Any]) -> dict[str, Any]:
+    """Returns what OpenAPI says of a form with these fields and files."""
+    schema = fields.model_json_schema()
+    schema["properties"] |= files
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def read(form: FormData, fields: type[Fields], *files: str) -> Fields:
+    """Returns the fields of a form, its files left out. Raises RequestValidationError."""
+    said = {name: value for name, value in form.items() if name not in files}
+    try:
+        return fields.model_validate(said)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from error
+
+
+def uploads(form: FormData, name: str) -> list[UploadFile]:
+    """Returns the files of a field. Raises InvalidRequest when it is text."""
+    sent = form.getlist(name)
+    files = [one for one in sent if isinstance(one, UploadFile)]
+    if len(files) < len(sent):
+        raise InvalidRequest(f"{name} is a file", f"With curl: -F {name}=@FILE.")
+    return files
+
+
+def base_named(settings: Settings, name: str | None) -> ModelSource:
+    """Returns a base that the operator configured, that of `default` if none is named.
+
+    Raises:
+        InvalidRequest: there is no such base.
+    """
+    if name is None:
+        return settings.source_for(DEFAULT_USER).without_lora().itself()
+    configured = {source.base: source.without_lora().itself() for source in settings.user_models.values()}
+    if name not in configured:
+        raise InvalidRequest(f"there is no base {name}", f"There are {', '.join(sorted(configured))}.")
+    return configured[name]
