@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from datetime import timedelta
 
 from sqlalchemy import ColumnElement, exists, or_
 
@@ -28,6 +29,20 @@ def consented() -> ColumnElement[bool]:
     return exists().where(Consent.model_id == Model.id, Consent.revoked_at.is_(None), lasts)
 
 
-def evidence(statement: int, photos: Sequence[str]) -> str:
+def granted(model: Model, by: str, days: int | None, hashes: Sequence[str]) -> Consent:
+    """Returns the record that whoever a model shows agrees to the statement of now.
+
+    Args:
+        model: what it is for.
+        by: who said so, as the audit calls them.
+        days: how long it holds; None until it is taken back.
+        hashes: SHA-256 of each photo, or of the weights that were sent.
+    """
+    proof = evidence(STATEMENT, hashes)
+    ends = now() + timedelta(days=days) if days else None
+    return Consent(model_id=model.id, granted_by=by, statement=STATEMENT, evidence=proof, expires_at=ends)
+
+
+def evidence(statement: int, hashes: Sequence[str]) -> str:
     """Returns the hash of what was agreed to: the statement's words, and the SHA-256 of each photo."""
-    return hashlib.sha256("\n".join([STATEMENTS[statement], *photos]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([STATEMENTS[statement], *hashes]).encode()).hexdigest()

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
@@ -35,9 +36,9 @@ FORGET_SECONDS = 5.0  # between looks for users that other processes erased
 END_SECONDS = 10.0  # that jobs under way are given to stop
 ACCOUNT = ("id", "name", "login", "type", "disabled", "limits", "created_at")
 REQUEST = (
-    "id", "status", "sensitive", "parameters", "tags", "category", "model_id", "webhook_url", "idempotency_key",
-    "priority", "deadline", "attempt", "cache_hit", "lane", "timings", "warnings", "error_code", "error_detail",
-    "error_hint", "created_at", "started_at", "finished_at",
+    "id", "kind", "status", "training", "sensitive", "parameters", "tags", "category", "model_id", "webhook_url",
+    "idempotency_key", "priority", "deadline", "attempt", "cache_hit", "lane", "timings", "warnings",
+    "error_code", "error_detail", "error_hint", "created_at", "started_at", "finished_at",
 )  # fmt: skip
 USAGE = ("request_id", "images", "steps", "seconds", "cost", "created_at")
 
@@ -68,7 +69,7 @@ class _Pipe(io.RawIOBase):
 
 
 async def export(
-    database: Database, pictures: PictureFolder, vault: Vault, caller: Caller, user_id: str
+    database: Database, pictures: PictureFolder, vault: Vault, own: Registry, caller: Caller, user_id: str
 ) -> AsyncIterator[bytes]:
     """Returns the parts of a ZIP file with all that is kept about a user; never more than a part is in memory.
 
@@ -83,11 +84,17 @@ async def export(
             raise NotFound(f"there is no user {user_id}")
         theirs = [key.model_dump(mode="json") for key in await keys.list_keys(session, user_id)]
         await audit.append(session, caller.name, "user.exported", f"user:{user_id}")
-    return _zip(database, pictures, vault, caller, user, theirs)
+    return _zip(database, pictures, vault, own, caller, user, theirs)
 
 
 async def _zip(
-    database: Database, pictures: PictureFolder, vault: Vault, caller: Caller, user: User, theirs: list[dict[str, Any]]
+    database: Database,
+    pictures: PictureFolder,
+    vault: Vault,
+    own: Registry,
+    caller: Caller,
+    user: User,
+    theirs: list[dict[str, Any]],
 ) -> AsyncIterator[bytes]:
     pipe = _Pipe()
     with ZipFile(pipe, "w") as archive:
@@ -105,11 +112,35 @@ async def _zip(
         last = ""
         while found := await _pictures(database, user.id, last):
             for _, name, made in found:
-                async with aclosing(_picture(pictures, archive, pipe, name, made)) as parts:
+                path = pictures.path_of(name)
+                async with aclosing(_file(path, archive, pipe, f"pictures/{name}", made)) as parts:
                     async for part in parts:
                         yield part
             last = found[-1][0]
+        async with aclosing(_models(own, archive, pipe, caller, user.id)) as parts:
+            async for part in parts:
+                yield part
     yield pipe.take()
+
+
+async def _models(own: Registry, archive: ZipFile, pipe: _Pipe, caller: Caller, user_id: str) -> AsyncGenerator[bytes]:
+    """Writes the records of a user's own models with all versions, and the files of those."""
+    models = [model for model in await registry.page(own, caller, user_id) if model.status != "configured"]
+    made = {model.id: await registry.versions(own, caller, model.id) for model in models}
+    records = [
+        model.model_dump(mode="json") | {"made": [version.model_dump(mode="json") for version in made[model.id]]}
+        for model in models
+    ]
+    archive.writestr(_entry("models.json"), _json(records))
+    for model in models:
+        for version in made[model.id]:
+            for name in version.files:
+                with suppress(NotFound):  # its record says so
+                    path, _ = await registry.file_of(own, caller, model.id, version.version, name)
+                    inside = f"models/{model.name}/{version.version}/{name}"
+                    async with aclosing(_file(path, archive, pipe, inside, version.created_at)) as parts:
+                        async for part in parts:
+                            yield part
 
 
 async def _list(database: Database, archive: ZipFile, pipe: _Pipe, name: str, page: Page) -> AsyncGenerator[bytes]:
@@ -130,16 +161,13 @@ async def _list(database: Database, archive: ZipFile, pipe: _Pipe, name: str, pa
     yield pipe.take()
 
 
-async def _picture(
-    pictures: PictureFolder, archive: ZipFile, pipe: _Pipe, name: str, made: datetime
-) -> AsyncGenerator[bytes]:
-    path = pictures.path_of(name)
+async def _file(path: Path, archive: ZipFile, pipe: _Pipe, name: str, made: datetime) -> AsyncGenerator[bytes]:
     try:
         file = await anyio.open_file(path, "rb")
     except FileNotFoundError:
         return  # its record says so
     async with file:
-        with archive.open(_entry(f"pictures/{name}", made, ZIP_STORED), "w") as entry:
+        with archive.open(_entry(name, made, ZIP_STORED), "w") as entry:
             while data := await file.read(BYTES_AT_ONCE):
                 entry.write(data)
                 yield pipe.take()

@@ -17,12 +17,12 @@ from api.domain.generate import Studio
 from api.domain.jobs import QUEUED, RUNNING, Claim, Progress
 from api.domain.models import TOKEN, next_number, open_model, own_models
 from api.domain.photos import Photo
-from api.domain.policy import STATEMENT, ConsentMissing, consented, evidence
+from api.domain.policy import ConsentMissing, consented, granted
 from api.engine.lesson import Lesson
 from api.errors import Busy, Cancelled, KeyReused, NotAuthenticated, NotFound
 from api.store.database import Database
 from api.store.models import WEIGHTS, ModelFolder, sha256
-from api.store.tables import Consent, Model, ModelVersion, Queue, Request, Usage, User, new_id, now
+from api.store.tables import Model, ModelVersion, Queue, Request, Usage, User, new_id, now
 from api.store.vault import Vault
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class TrainingOrder:
     verdicts: Sequence[dict[str, Any]]  # of every picture that came, as the wire shows them
     source: ModelSource  # of the base
     granted_by: str
+    consent_days: int | None = None
     steps: int | None = None
     rank: int | None = None
     seed: int = 0
@@ -115,9 +116,7 @@ async def _accept(
     used = await quota.used(session, [user.id])
     quota.check(user, used[user.id], settings, images=0, steps=0)
     model = await open_model(session, user.id, order.name, order.class_noun)
-    consent = Consent(
-        model_id=model.id, granted_by=order.granted_by, statement=STATEMENT, evidence=evidence(STATEMENT, photos)
-    )
+    consent = granted(model, order.granted_by, order.consent_days, photos)
     job = Request(
         id=job_id,
         user_id=user.id,
@@ -136,7 +135,7 @@ async def _accept(
     )
     session.add_all([consent, job])
     await session.flush()
-    said = {"statement": STATEMENT, "evidence": consent.evidence}
+    said = {"statement": consent.statement, "evidence": consent.evidence}
     await audit.append(session, order.granted_by, "consent.granted", f"model:{model.id}", **said)
     return job
 

@@ -18,13 +18,13 @@ from api.config import ModelSource, Settings
 from api.domain import audit, quota
 from api.domain.archives import open_archive
 from api.domain.models import next_number, open_model
-from api.domain.policy import STATEMENT, evidence
+from api.domain.policy import granted
 from api.engine.checkup import Checked, check_upload
 from api.errors import InvalidRequest, LimitReached, NotAuthenticated, NotFound
 from api.model_service import ModelService
 from api.store.database import Database
 from api.store.models import CHECKPOINT, INDEX, WEIGHTS, ModelFolder, told
-from api.store.tables import Consent, Model, ModelVersion, User, new_id, now
+from api.store.tables import Model, ModelVersion, User, new_id, now
 
 MOST_BYTES = 8_000_000_000  # of one upload
 COPIED_AT_ONCE = 1_000_000
@@ -42,6 +42,7 @@ class UploadOrder:
     class_noun: str
     source: ModelSource  # of the base that it is over, or like
     granted_by: str
+    consent_days: int | None = None
 
 
 async def receive(
@@ -188,8 +189,8 @@ async def _add(
     """Adds a version and publishes it; one that the model has already is published alone. Returns whether it is new."""
     weights = files.get(WEIGHTS) or files.get(CHECKPOINT)
     sha256 = weights or hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    proof = evidence(STATEMENT, [sha256])
-    session.add(Consent(model_id=model.id, granted_by=order.granted_by, statement=STATEMENT, evidence=proof))
+    consent = granted(model, order.granted_by, order.consent_days, [sha256])
+    session.add(consent)
     same = select(ModelVersion.id).where(ModelVersion.model_id == model.id, ModelVersion.sha256 == sha256)
     known = await session.scalar(same)
     if known is None:
@@ -209,6 +210,6 @@ async def _add(
         session.add(version)
         await session.flush()
     model.published_id, model.published_at = known or version_id, now()
-    said = {"statement": STATEMENT, "evidence": proof, "sha256": sha256}
+    said = {"statement": consent.statement, "evidence": consent.evidence, "sha256": sha256}
     await audit.append(session, order.granted_by, "model.uploaded", f"model:{model.id}", **said)
     return known is None

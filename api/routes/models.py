@@ -61,6 +61,7 @@ async def add_model(http: Request, service: ServiceDep, caller: CallerDep, respo
             request.class_noun,
             forms.base_named(service.settings, request.base),
             caller.name,
+            request.consent_days,
         )
         await service.pictures.require_room()
         place = _place(form)

@@ -46,7 +46,7 @@ async def show_webhook_secret(service: ServiceDep, caller: CallerDep, user_id: W
 async def export(service: ServiceDep, caller: CallerDep, user_id: Whose = None) -> StreamingResponse:
     """Sends everything that is kept about you. Secrets of keys are not: they are not kept."""
     user = caller.acts_for(user_id)
-    parts = await privacy.export(service.database, service.pictures, service.vault, caller, user)
+    parts = await privacy.export(service.database, service.pictures, service.vault, service.registry, caller, user)
     headers = {"Content-Disposition": f'attachment; filename="sitter-{user}.zip"', "Cache-Control": "no-store"}
     return StreamingResponse(parts, media_type="application/zip", headers=headers)
 

@@ -65,7 +65,7 @@ async def make_training(
         forms.base_named(service.settings, request.base),
         caller.name,
         idempotency_key=idempotency_key,
-        **request.model_dump(include={"steps", "rank", "seed", "flip", "keep_pictures", "webhook_url"}),
+        **request.model_dump(include={"consent_days", "steps", "rank", "seed", "flip", "keep_pictures", "webhook_url"}),
     )
     job = await trainings.submit(service.settings, service.database, service.vault, service.folder, order)
     service.wake.wake(Wake.QUEUE)

@@ -114,6 +114,9 @@ class UploadRequest(BaseModel):
     consent: Annotated[bool, AfterValidator(_agreed)] = Field(
         description="Whoever is in the pictures agrees to the statement of GET /trainings/consent.", examples=[True]
     )
+    consent_days: int | None = Field(
+        default=None, ge=1, le=36_500, description="For how many days they agree; until it is taken back."
+    )
     user_id: UserId | None = Field(default=None, description="Whose model it shall be; yours.", examples=["eve"])
     base: Text | None = Field(
         default=None, max_length=500, description="The configured base that it is over; that of `default`."

@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import pytest
@@ -20,12 +21,13 @@ from api.errors import Conflict, NotFound
 from api.model_service import ModelService
 from api.store import tables
 from api.store.database import Database, migrate
-from api.store.models import ModelFolder
+from api.store.models import WEIGHTS, ModelFolder
 from api.store.tables import Table, Usage, User
 from tests import builders, people, rows
 from tests.domain.test_library import ADA, BO, OWNER, ROOT
 from tests.gallery import Gallery
 from tests.jobs import enqueue, look, taken
+from tests.own import add_model
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +42,7 @@ async def gallery(database: Database, tmp_path: Path) -> Gallery:
 
 
 async def exported(gallery: Gallery, who: Caller = ADA, user_id: str = "ada") -> ZipFile:
-    parts = await privacy.export(gallery.database, gallery.pictures, gallery.vault, who, user_id)
+    parts = await privacy.export(gallery.database, gallery.pictures, gallery.vault, registry(gallery), who, user_id)
     archive = ZipFile(io.BytesIO(b"".join([part async for part in parts])))
     assert archive.testzip() is None
     return archive
@@ -50,9 +52,9 @@ async def erase(gallery: Gallery, models: ModelService, who: Caller = ADA, user_
     await privacy.erase(gallery.database, gallery.pictures, gallery.vault, registry(gallery, models), who, user_id)
 
 
-def registry(gallery: Gallery, models: ModelService) -> Registry:
+def registry(gallery: Gallery, models: ModelService | None = None) -> Registry:
     folder = ModelFolder(gallery.folder.parent / "data")
-    return Registry(gallery.accounts.settings, gallery.database, folder, models, Wake())
+    return Registry(gallery.accounts.settings, gallery.database, folder, models or Mock(ModelService), Wake())
 
 
 async def everything(database: Database) -> str:
@@ -76,7 +78,7 @@ async def test_an_export_has_all_that_is_kept(gallery: Gallery) -> None:
     archive = await exported(gallery)
     assert archive.read(f"pictures/{row.image_url}") == PNG
     assert set(archive.namelist()) == {
-        "account.json", "keys.json", "requests.json", "images.json", "usage.json",
+        "account.json", "keys.json", "requests.json", "images.json", "usage.json", "models.json",
         f"pictures/{row.image_url}", f"pictures/{secret.image_url}",
     }  # fmt: skip
     lists = {name: json.loads(archive.read(f"{name}.json")) for name in ("keys", "requests", "images", "usage")}
@@ -94,6 +96,19 @@ async def test_an_export_has_all_that_is_kept(gallery: Gallery) -> None:
     for word in (secret_key, "Bo", other.id, "body_hash", "token"):
         assert word not in whole
     assert ("ada", "user.exported", "user:ada") in await people.audited(gallery.database)
+
+
+async def test_an_export_has_ones_own_models(gallery: Gallery) -> None:
+    folder = registry(gallery).folder
+    _, version = await add_model(gallery.database, folder, "ada", "ada", b"Ada's weights")
+    _, gone = await add_model(gallery.database, folder, "ada", "ada", b"lost")
+    folder.delete(gone.id)
+    await add_model(gallery.database, folder, "bo", "bo", b"Bo's weights")
+    archive = await exported(gallery)
+    (model,) = json.loads(archive.read("models.json"))
+    assert (model["name"], [made["sha256"] for made in model["made"]]) == ("ada", [gone.sha256, version.sha256])
+    assert archive.read(f"models/ada/1/{WEIGHTS}") == b"Ada's weights"
+    assert [name for name in archive.namelist() if "/2/" in name or "bo" in name] == []
 
 
 async def test_an_export_of_nothing_is_one(gallery: Gallery) -> None:
@@ -127,7 +142,7 @@ async def test_an_export_is_never_whole_in_memory(gallery: Gallery) -> None:
         await gallery.hang("ada", png=PNG)
     tracemalloc.start()
     try:
-        parts = await privacy.export(gallery.database, gallery.pictures, gallery.vault, ADA, "ada")
+        parts = await privacy.export(gallery.database, gallery.pictures, gallery.vault, registry(gallery), ADA, "ada")
         size = largest = 0
         async for part in parts:
             size, largest = size + len(part), max(largest, len(part))
@@ -143,7 +158,7 @@ async def test_an_export_may_be_broken_off(gallery: Gallery) -> None:
     for _ in range(3):
         await gallery.hang("ada", png=PNG)
     for count in range(1, 8):
-        parts = await privacy.export(gallery.database, gallery.pictures, gallery.vault, ADA, "ada")
+        parts = await privacy.export(gallery.database, gallery.pictures, gallery.vault, registry(gallery), ADA, "ada")
         assert isinstance(parts, AsyncIterator)
         for _ in range(count):
             await anext(parts)
@@ -166,7 +181,10 @@ async def test_whoever_is_erased_leaves_nothing(gallery: Gallery, models: ModelS
     for caller, subject in (("ada", "nobody"), ("root", "ada")):
         answer = tables.Answer(caller=caller, idempotency_key="zebrafinch", subject=subject, body_hash="")
         await gallery.write([answer])
+    folder = registry(gallery).folder
+    _, version = await add_model(gallery.database, folder, "ada", "zebrafinch")
     await erase(gallery, models)
+    assert version.id not in folder.versions()
     assert gallery.names() == {kept.image_url, "ada.png"}
     left = await everything(gallery.database)
     assert "zebrafinch" not in left
