@@ -19,7 +19,7 @@ from api.domain.models import TOKEN, next_number, open_model, own_models
 from api.domain.photos import Photo
 from api.domain.policy import ConsentMissing, consented, granted
 from api.engine.lesson import Lesson
-from api.errors import Busy, Cancelled, KeyReused, NotAuthenticated, NotFound
+from api.errors import Busy, Cancelled, DatabaseUnavailable, KeyReused, NotAuthenticated, NotFound
 from api.store.database import Database
 from api.store.models import WEIGHTS, ModelFolder, sha256
 from api.store.tables import Model, ModelVersion, Queue, Request, Usage, User, new_id, now
@@ -80,15 +80,17 @@ async def submit(
         StorageFull, StorageUnavailable, DatabaseUnavailable: nothing was accepted.
     """
     job_id = new_id()
-    written = False
     try:
         await anyio.to_thread.run_sync(folder.keep_photos, job_id, [photo.png for photo in order.photos])
         async with database.transaction() as session:
             job = await _accept(session, settings, vault, order, job_id)
-        written = job.id == job_id
-    finally:
-        if not written:
-            await anyio.to_thread.run_sync(folder.end_training, job_id)
+    except DatabaseUnavailable:
+        raise  # it may be written all the same; what is not is swept
+    except BaseException:
+        await anyio.to_thread.run_sync(folder.end_training, job_id)
+        raise
+    if job.id != job_id:  # its key made it before
+        await anyio.to_thread.run_sync(folder.end_training, job_id)
     return job
 
 
@@ -224,7 +226,6 @@ async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVers
     """Keeps what was made; nothing draws with it yet. Raises Cancelled when somebody else has the job."""
     version_id, job = new_id(), claim.job
     await anyio.to_thread.run_sync(studio.folder.keep, version_id, made.files)
-    version = None
     try:
         async with studio.database.transaction() as session:
             ours = select(Request.id).where(Request.id == job.id, RUNNING, Request.token == claim.token)
@@ -247,9 +248,11 @@ async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVers
                 request_id=job.id,
             )
             session.add(version)
-    finally:
-        if version is None:
-            await anyio.to_thread.run_sync(studio.folder.delete, version_id)
+    except DatabaseUnavailable:
+        raise  # as above
+    except BaseException:
+        await anyio.to_thread.run_sync(studio.folder.delete, version_id)
+        raise
     return version
 
 

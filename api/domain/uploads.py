@@ -20,7 +20,7 @@ from api.domain.archives import open_archive
 from api.domain.models import next_number, open_model
 from api.domain.policy import granted
 from api.engine.checkup import Checked, check_upload
-from api.errors import InvalidRequest, LimitReached, NotAuthenticated, NotFound
+from api.errors import DatabaseUnavailable, InvalidRequest, LimitReached, NotAuthenticated, NotFound
 from api.model_service import ModelService
 from api.store.database import Database
 from api.store.models import CHECKPOINT, INDEX, WEIGHTS, ModelFolder, told
@@ -72,7 +72,7 @@ async def receive(
         ModelUnavailable: the base cannot be read.
         StorageFull, StorageUnavailable, DatabaseUnavailable: nothing was kept.
     """
-    version_id, kept = new_id(), False
+    version_id, is_new = new_id(), False
     try:
         part = await anyio.to_thread.run_sync(folder.begin, version_id)
         await anyio.to_thread.run_sync(_place, place, part)
@@ -84,10 +84,13 @@ async def receive(
             await _require_place(session, settings, order.user_id, checked.bytes)
             model = await open_model(session, order.user_id, order.name, order.class_noun)
             is_new = await _add(session, model, order, version_id, checked, files, base_hash)
-        kept = is_new
-    finally:
-        if not kept:
-            await anyio.to_thread.run_sync(folder.delete, version_id)
+    except DatabaseUnavailable:
+        raise  # it may be written all the same; what is not is swept
+    except BaseException:
+        await anyio.to_thread.run_sync(folder.delete, version_id)
+        raise
+    if not is_new:
+        await anyio.to_thread.run_sync(folder.delete, version_id)
     return model.id
 
 
