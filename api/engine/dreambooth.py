@@ -93,11 +93,16 @@ class Training:
     def __init__(self, base: Base, batch: Batch, lesson: Lesson, priors: Path, mark: str, check: Check) -> None:
         self._base, self._batch, self._check = base, batch, check
         self.lesson = lesson
-        self.recipe: Recipe = recipe_of(base.pipeline, steps=lesson.steps, rank=lesson.rank, seed=lesson.seed)
+        self.recipe: Recipe = recipe_of(
+            base.pipeline,
+            steps=lesson.steps,
+            rank=lesson.rank,
+            seed=lesson.seed,
+            text_rate=None if lesson.train_text_encoder else 0.0,
+        )
         own = _own(base, batch, lesson, check)
         self.prior = _prior(base, batch, lesson.noun, priors, mark, check)
-        empty = batch.run_behind(lambda: _texts(base, [""]))
-        self.trainer = in_own_thread(partial(Trainer, base.pipeline, own, self.prior, empty, self.recipe))
+        self.trainer = in_own_thread(partial(Trainer, base.pipeline, own, self.prior, self.recipe))
 
     def steps(self, until: int) -> Iterator[float]:
         """Does the steps up to number `until`, and yields the loss of each.
@@ -184,11 +189,8 @@ def _own(base: Base, batch: Batch, lesson: Lesson, check: Check) -> Examples:
         latents += batch.run_behind(partial(_encode, base, photo, lesson.flip))
     words = [wording.format(lesson.who) for wording in WORDINGS]
 
-    def paired() -> Examples:
-        photos = torch.stack(latents).repeat_interleave(len(words), dim=0)
-        return Examples(photos, _texts(base, words).repeat(len(latents), 1, 1))
-
-    return batch.run_behind(paired)
+    photos = batch.run_behind(lambda: torch.stack(latents).repeat_interleave(len(words), dim=0))
+    return Examples(photos, words * len(latents))
 
 
 def _learned(base: Base, photo: bytes) -> Image.Image:
@@ -210,16 +212,9 @@ def _encode(base: Base, photo: bytes, flip: bool) -> list[Tensor]:
     return list(latents.float())
 
 
-@torch.no_grad()
-def _texts(base: Base, texts: Sequence[str]) -> Tensor:
-    """Returns the embeddings (texts, tokens, width)."""
-    return torch.cat([base.texts.encode(text, None) for text in texts]).clone()
-
-
 def _prior(base: Base, batch: Batch, noun: str, folder: Path, mark: str, check: Check) -> Examples:
     """Returns the base's own pictures of the class, drawn once and kept."""
     requests = _requests(base, f"a {noun}", len(SCENES))
-    texts = batch.run_behind(lambda: _texts(base, [request.prompt for request in requests]))
     asked = json.dumps([mark, *(request.model_dump() for request in requests)])
     file = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
     kept = load_noted(file)
@@ -227,7 +222,7 @@ def _prior(base: Base, batch: Batch, noun: str, folder: Path, mark: str, check: 
         drawn = _together(lambda request, check: latents_of(base, request, batch, check), requests, check)
         kept = {"latents": batch.run_behind(lambda: torch.cat(drawn).cpu().clone())}
         save_whole(kept, file)
-    return Examples(kept["latents"].to(base.pipeline.device), texts)
+    return Examples(kept["latents"].to(base.pipeline.device), [request.prompt for request in requests])
 
 
 @dataclass(frozen=True)

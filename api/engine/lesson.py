@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class Lesson:
     """What is to be learned: photos (PNG) of somebody who shall answer to `token` and the class noun.
 
-    Steps and rank are the base's own choice where they are None; `flip` adds every photo's mirror image.
+    Steps and rank are the base's own choice where they are None; `flip` adds every photo's mirror image. Where
+    `train_text_encoder` is said the words learn, too, and not the pictures alone.
     """
 
     photos: Sequence[bytes]
@@ -18,6 +19,7 @@ class Lesson:
     rank: int | None = None
     seed: int = 0
     flip: bool = False
+    train_text_encoder: bool = False
 
     @property
     def who(self) -> str:

@@ -1,33 +1,38 @@
 """DreamBooth-LoRA: a base learns one sitter from a few pictures (Ruiz et al., https://arxiv.org/abs/2208.12242).
 
-Factors of low rank beside the UNet's attention are all that is trained; the base's weights are shared with whoever
-draws with it meanwhile, and stay as they are. A batch has pictures of the sitter, under the rare token, and the base's
-own pictures of the class, under its plain noun, so that the class does not become the sitter.
+Factors of low rank beside the UNet's attention are all that is trained, and beside the text encoder's where that is
+asked for; the base's weights are shared with whoever draws with it meanwhile, and stay as they are. A batch has
+pictures of the sitter, under the rare token, and the base's own pictures of the class, under its plain noun, so that
+the class does not become the sitter.
 
 A step depends on the seed, its number and the weights alone: training that is killed goes on from its last state to the
 same end, on the same machine to the last bit.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from api.engine.components import ONE_LOAD
 from api.engine.weights import shell
+from api.engine.words import Words
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 POOLED_TEXT = "time_emb_proj"  # where a base whose pooled text joins the timestep hears of it
 BETAS, DECAY, EPSILON = (0.9, 0.999), 0.01, 1e-8
 WARMUP = 20  # steps
 FLOOR = 0.02  # of the rate, at the end
 MOST_NORM = 1.0  # of a step's gradient
+TEXT_SHARE = 0.5  # of the rate, that the text encoder has unless its base says another
 HALF_SCALE = 1024.0  # of the loss where the base has float16, so that small gradients are not lost
 
 
@@ -43,6 +48,7 @@ class Recipe:
         prior: pictures of the class in a batch.
         seed: of the factors' start, the noise and the order of the pictures.
         guidance: the loss is taken on u + guidance · (c − u), as the base's own training did; 1 is the plain loss.
+        text_rate: the highest learning rate of the text encoder's factors; 0 where it learns nothing.
         gamma: caps the weight of steps with little noise, as in min-SNR (https://arxiv.org/abs/2303.09556); but of a
             base that predicts velocity those full of noise keep theirs, which min-SNR would make nothing.
     """
@@ -54,23 +60,25 @@ class Recipe:
     prior: int
     seed: int
     guidance: float = 1.0
+    text_rate: float = 0.0
     gamma: float = 5.0
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures and the words for them: latents (n, channels, height, width), texts (n, tokens, width)."""
+    """Pictures, as latents (n, channels, height, width), and the words for each."""
 
     latents: Tensor
-    texts: Tensor
+    words: Sequence[str]
 
 
 def recipe_of(pipeline: StableDiffusionPipeline, **said: Any) -> Recipe:
     """Returns the recipe for a base: what is `said`, else its scheduler's `_training_…`, else what does for most."""
     ours: dict[str, Any] = {"steps": 800, "rank": 16, "rate": 1e-4, "own": 1, "prior": 1, "seed": 0, "guidance": 1.0}
     config = pipeline.scheduler.config
-    given = {name: config[f"_training_{name}"] for name in ours if f"_training_{name}" in config}
-    return Recipe(**{**ours, **given, **{name: value for name, value in said.items() if value is not None}})
+    given = {name: config[f"_training_{name}"] for name in (*ours, "text_rate") if f"_training_{name}" in config}
+    known = {**ours, **given, **{name: value for name, value in said.items() if value is not None}}
+    return Recipe(**{"text_rate": TEXT_SHARE * known["rate"], **known})
 
 
 class Trainer:
@@ -80,34 +88,42 @@ class Trainer:
         pipeline: the base; nothing in it is changed.
         own: pictures of the sitter, with the token's words.
         prior: pictures of the class, or none.
-        empty: the embedding of no words, (1, tokens, width).
         recipe: how.
     """
 
     def __init__(
-        self, pipeline: StableDiffusionPipeline, own: Examples, prior: Examples | None, empty: Tensor, recipe: Recipe
+        self, pipeline: StableDiffusionPipeline, own: Examples, prior: Examples | None, recipe: Recipe
     ) -> None:
         self.recipe = recipe
         self.done = 0
-        self._own, self._prior, self._empty = own, prior, empty
+        self._own, self._prior = own, prior
         self._noise = DDPMScheduler.from_config(pipeline.scheduler.config)
         kept = self._noise.alphas_cumprod
         self._snr = (kept / (1 - kept).clamp(min=1e-8)).to(pipeline.device)
         self._unet = shell(pipeline.unet).requires_grad_(False)
         self._scale = HALF_SCALE if pipeline.unet.dtype == torch.float16 else 1.0
+        encoders = {"text_encoder": shell(pipeline.text_encoder).requires_grad_(False)} if recipe.text_rate else {}
+        self._words = Words(pipeline, encoders)
         targets = [*ATTENTION, *([POOLED_TEXT] if pipeline.unet.config.get("addition_embed_type") == "text" else [])]
-        with ONE_LOAD:  # while another model loads, its library has changed how torch makes parameters
-            config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=targets)
-            inject_adapter_in_model(config, self._unet)
-        self._factors = {name: one for name, one in self._unet.named_parameters() if one.requires_grad}
+        of_unet = _with_factors("unet", self._unet, targets, recipe.rank)
+        of_texts = {
+            name: factor
+            for component, encoder in encoders.items()
+            for name, factor in _with_factors(component, encoder, TEXT_ATTENTION, recipe.rank).items()
+        }
+        self._factors = {**of_unet, **of_texts}
         chance = torch.Generator().manual_seed(recipe.seed)
         for name, factor in self._factors.items():  # in float32, whatever the base has: steps are small
             start = torch.zeros(factor.shape)
             if ".lora_A." in name:
                 start.normal_(std=1 / recipe.rank, generator=chance)
             factor.data = start.to(pipeline.device)
+        groups = [(of_unet, recipe.rate), (of_texts, recipe.text_rate)]
         self._optimiser = torch.optim.AdamW(
-            self._factors.values(), lr=recipe.rate, betas=BETAS, eps=EPSILON, weight_decay=DECAY
+            [{"params": [*factors.values()], "rate": rate} for factors, rate in groups if factors],
+            betas=BETAS,
+            eps=EPSILON,
+            weight_decay=DECAY,
         )
 
     def step(self) -> float:
@@ -116,11 +132,11 @@ class Trainer:
         examples = [self._own] * self.recipe.own + ([self._prior] * self.recipe.prior if self._prior else [])
         chosen = [int(torch.randint(len(one.latents), (1,), generator=chance)) for one in examples]
         latents = torch.stack([one.latents[index] for one, index in zip(examples, chosen, strict=True)])
-        texts = torch.stack([one.texts[index] for one, index in zip(examples, chosen, strict=True)])
+        words = [one.words[index] for one, index in zip(examples, chosen, strict=True)]
         for group in self._optimiser.param_groups:
-            group["lr"] = self.recipe.rate * self._pace()
+            group["lr"] = group["rate"] * self._pace()
         self._optimiser.zero_grad()
-        loss = self._losses(latents, texts, chance).mean()
+        loss = self._losses(latents, words, chance).mean()
         (loss * self._scale).backward()  # type: ignore[no-untyped-call]
         for factor in self._factors.values():
             if factor.grad is not None:
@@ -136,7 +152,7 @@ class Trainer:
         cosine = 0.5 * (1 + math.cos(math.pi * self.done / self.recipe.steps))
         return min(1.0, (self.done + 1) / WARMUP) * (FLOOR + (1 - FLOOR) * cosine)
 
-    def _losses(self, latents: Tensor, texts: Tensor, chance: torch.Generator) -> Tensor:
+    def _losses(self, latents: Tensor, words: Sequence[str], chance: torch.Generator) -> Tensor:
         """Returns the weighted error of each row at one time each, the times spread over all noise levels."""
         rows, device = len(latents), latents.device
         spread = (torch.randperm(rows, generator=chance) + torch.rand(rows, generator=chance)) / rows
@@ -144,10 +160,10 @@ class Trainer:
         times = (spread * most).long().clamp(max=most - 1).to(device)  # the largest of float32 round up to 1
         noise = torch.randn(latents.shape, generator=chance).to(device)
         noisy = self._noise.add_noise(latents, noise, times)
-        predicted = self._predict(noisy, times, texts)
+        predicted = self._predict(noisy, times, self._words.read(words))
         if self.recipe.guidance > 1:
             with torch.no_grad():
-                wordless = self._predict(noisy, times, self._empty.expand(rows, -1, -1))
+                wordless = self._predict(noisy, times, self._words.read([""]).expand(rows, -1, -1))
             predicted = wordless + self.recipe.guidance * (predicted - wordless)
         velocity = self._noise.config.prediction_type == "v_prediction"
         target = self._noise.get_velocity(latents, noise, times) if velocity else noise
@@ -163,7 +179,7 @@ class Trainer:
 
     def factors(self) -> dict[str, Tensor]:
         """Returns the factors under the names that diffusers gives them."""
-        return {f"unet.{name.replace('.default', '')}": one.detach().clone() for name, one in self._factors.items()}
+        return {_spelled(name): one.detach().clone() for name, one in self._factors.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Returns all that a step changes, on the host."""
@@ -180,9 +196,22 @@ class Trainer:
         with torch.no_grad():
             for name, factor in self._factors.items():
                 factor.copy_(state[f"factor.{name}"])
-                moments = {key.removesuffix(f".{name}"): value for key, value in state.items() if key.endswith(name)}
+                of_it = f".{name}"
+                moments = {key.removesuffix(of_it): value for key, value in state.items() if key.endswith(of_it)}
                 moments.pop("factor", None)
                 self._optimiser.state[factor] = {
                     moment: value.clone() if moment == "step" else value.to(factor.device, copy=True)
                     for moment, value in moments.items()
                 }
+
+
+def _with_factors(component: str, module: nn.Module, targets: list[str], rank: int) -> dict[str, nn.Parameter]:
+    """Puts factors beside the layers of `module` that end with `targets`; returns them by name."""
+    with ONE_LOAD:  # while another model loads, its library has changed how torch makes parameters
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), module)
+    return {f"{component}.{name}": one for name, one in module.named_parameters() if one.requires_grad}
+
+
+def _spelled(name: str) -> str:
+    # Before transformers 5 an encoder had one more level; every reader of files knows that spelling.
+    return re.sub(r"^(text_encoder\w*)\.encoder\.", r"\1.text_model.encoder.", name.replace(".default", ""))

@@ -9,6 +9,7 @@ from api.engine.trainer import Examples, Recipe, Trainer, recipe_of
 from tests import builders
 
 STEPS = 8
+TEXT = [0.0, 1e-2]  # rates of the text encoder
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +20,10 @@ def pipeline() -> StableDiffusionPipeline:
     return made
 
 
-def examples(pictures: int, seed: int) -> Examples:
-    generator = torch.Generator().manual_seed(seed)
-    return Examples(
-        torch.randn(pictures, 4, 8, 8, generator=generator), torch.randn(pictures, 5, 16, generator=generator)
-    )
+def examples(pictures: int, words: str) -> Examples:
+    generator = torch.Generator().manual_seed(len(words))
+    latents = torch.randn(pictures, 4, 8, 8, generator=generator)
+    return Examples(latents, [f"{words} {number}" for number in range(pictures)])
 
 
 def recipe(**fields: Any) -> Recipe:
@@ -31,7 +31,7 @@ def recipe(**fields: Any) -> Recipe:
 
 
 def trainer(pipeline: StableDiffusionPipeline, **fields: Any) -> Trainer:
-    return Trainer(pipeline, examples(3, 1), examples(2, 2), torch.zeros(1, 5, 16), recipe(**fields))
+    return Trainer(pipeline, examples(3, "photo of sks person"), examples(2, "photo of a person"), recipe(**fields))
 
 
 def after(one: Trainer, steps: int) -> dict[str, torch.Tensor]:
@@ -48,7 +48,7 @@ def error(one: Trainer) -> float:
     """What it is off on its own pictures, of the same noise each time."""
     with torch.no_grad():
         off = [
-            one._losses(one._own.latents, one._own.texts, torch.Generator().manual_seed(seed)).mean()
+            one._losses(one._own.latents, one._own.words, torch.Generator().manual_seed(seed)).mean()
             for seed in range(20)
         ]
     return float(torch.stack(off).mean())
@@ -62,14 +62,16 @@ def test_it_learns_its_pictures(pipeline: StableDiffusionPipeline) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_a_base_of_half_precision_teaches_is_kept_in_full(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("text_rate", TEXT)
+def test_what_a_base_of_half_precision_teaches_is_kept_in_full(dtype: torch.dtype, text_rate: float) -> None:
     base = builders.pipeline()
     base.unet.to(dtype)
-    one = trainer(base, steps=60, prior=0, rank=8)
+    base.text_encoder.to(dtype)
+    one = trainer(base, steps=60, prior=0, rank=8, text_rate=text_rate)
     before = error(one)
     assert all(factor.dtype == torch.float32 for factor in after(one, 60).values())
     assert error(one) < 0.98 * before
-    assert next(base.unet.parameters()).dtype == dtype
+    assert next(base.unet.parameters()).dtype == next(base.text_encoder.parameters()).dtype == dtype
 
 
 def test_the_loss_is_that_of_what_the_base_predicts() -> None:
@@ -77,8 +79,8 @@ def test_the_loss_is_that_of_what_the_base_predicts() -> None:
     config = {**builders.SCHEDULER, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     base = builders.pipeline(scheduler=DDIMScheduler(**config))
     one = trainer(base, own=1, prior=0)
-    latents, texts = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 16)
-    loss = one._losses(latents, texts, torch.Generator().manual_seed(9))
+    latents, words = torch.ones(1, 4, 8, 8), ["a person"]
+    loss = one._losses(latents, words, torch.Generator().manual_seed(9))
     chance = torch.Generator().manual_seed(9)
     time = int((torch.randperm(1, generator=chance) + torch.rand(1, generator=chance)) * 1000)
     noise = torch.randn(latents.shape, generator=chance)
@@ -86,18 +88,42 @@ def test_the_loss_is_that_of_what_the_base_predicts() -> None:
     noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
     velocity = kept.sqrt() * noise - (1 - kept).sqrt() * latents
     with torch.no_grad():
+        texts = base.encode_prompt(words, base.device, 1, do_classifier_free_guidance=False)[0]
         error = (base.unet(noisy, time, texts).sample - velocity).square().mean()
     snr = kept / (1 - kept)
     assert torch.allclose(loss, min(torch.tensor(1.0), 5 / (snr + 1)) * error, rtol=1e-4)
     assert 5 / (one._snr[-1] + 1) >= 1  # pure noise keeps its full weight
 
 
-def test_the_base_stays_as_it_is(pipeline: StableDiffusionPipeline) -> None:
-    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
-    after(trainer(pipeline), 2)
-    assert pipeline.unet.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in pipeline.unet.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+def embedded(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    with torch.no_grad():
+        texts: torch.Tensor = pipeline.encode_prompt("photo of sks person 1", "cpu", 1, False)[0]
+    return texts
+
+
+@pytest.mark.parametrize("text_rate", TEXT)
+def test_the_base_stays_as_it_is(pipeline: StableDiffusionPipeline, text_rate: float) -> None:
+    modules, embedding = (pipeline.unet, pipeline.text_encoder), embedded(pipeline)
+    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
+    one = trainer(pipeline, text_rate=text_rate)  # it is alive until the end
+    after(one, 2)
+    for module, values in zip(modules, before, strict=True):
+        assert same(module.state_dict(), values)
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert torch.equal(embedded(pipeline), embedding)
+
+
+def test_the_text_encoder_learns_where_that_is_asked_for(pipeline: StableDiffusionPipeline) -> None:
+    """Its attention alone, at a rate of its own, and every text is read with what it learned."""
+    one = trainer(pipeline, rate=0.0, text_rate=1e-2)
+    words = [*one._own.words, ""]
+    before = one._words.read(words)
+    learned = {name for name, factor in after(one, STEPS).items() if ".lora_B." in name and factor.any()}
+    layers = [f"{layer}_proj" for layer in ("q", "k", "v", "out")]
+    of_texts = {f"text_encoder.text_model.encoder.layers.{n}.self_attn.{layer}" for n in (0, 1) for layer in layers}
+    assert learned == {f"{layer}.lora_B.weight" for layer in of_texts}
+    read = one._words.read(words)
+    assert all(not torch.allclose(now, then, atol=1e-5) for now, then in zip(read, before, strict=True))
 
 
 def test_a_seed_trains_the_same_and_another_does_not(pipeline: StableDiffusionPipeline) -> None:
@@ -107,15 +133,18 @@ def test_a_seed_trains_the_same_and_another_does_not(pipeline: StableDiffusionPi
     assert not same(first, after(trainer(pipeline, seed=4), STEPS))
 
 
+@pytest.mark.parametrize("text_rate", TEXT)
 @pytest.mark.parametrize("done", [0, 1, 5, STEPS])
-def test_it_goes_on_from_a_state_to_the_same_end(pipeline: StableDiffusionPipeline, done: int) -> None:
-    killed = trainer(pipeline)
+def test_it_goes_on_from_a_state_to_the_same_end(
+    pipeline: StableDiffusionPipeline, done: int, text_rate: float
+) -> None:
+    killed = trainer(pipeline, text_rate=text_rate)
     after(killed, done)
     state = killed.state()
-    again = trainer(pipeline)
+    again = trainer(pipeline, text_rate=text_rate)
     again.restore(state)
     assert again.done == done
-    assert same(after(again, STEPS - done), after(trainer(pipeline), STEPS))
+    assert same(after(again, STEPS - done), after(trainer(pipeline, text_rate=text_rate), STEPS))
 
 
 def test_a_guided_loss_is_another_one(pipeline: StableDiffusionPipeline) -> None:
@@ -123,24 +152,36 @@ def test_a_guided_loss_is_another_one(pipeline: StableDiffusionPipeline) -> None
 
 
 def test_a_base_says_how_it_is_trained(pipeline: StableDiffusionPipeline) -> None:
-    assert recipe_of(pipeline, steps=None, rank=8, seed=1) == Recipe(800, 8, 1e-4, 1, 1, 1)
+    assert recipe_of(pipeline, steps=None, rank=8, seed=1) == Recipe(800, 8, 1e-4, 1, 1, 1, text_rate=5e-5)
+    assert recipe_of(pipeline, text_rate=0.0).text_rate == 0
     scheduler = DDIMScheduler(**builders.SCHEDULER)
-    scheduler.register_to_config(_training_steps=50, _training_guidance=3.0)
+    scheduler.register_to_config(_training_steps=50, _training_guidance=3.0, _training_text_rate=1e-3)
     base = builders.pipeline(scheduler=scheduler)
-    assert recipe_of(base, steps=None, rank=None, seed=0) == Recipe(50, 16, 1e-4, 1, 1, 0, guidance=3.0)
+    expected = Recipe(50, 16, 1e-4, 1, 1, 0, guidance=3.0, text_rate=1e-3)
+    assert recipe_of(base, steps=None, rank=None, seed=0) == expected
 
 
-def test_what_it_learned_is_named_as_diffusers_names_it(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+def of(component: str, factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    mark = f"{component}."
+    return {name.removeprefix(mark): one for name, one in factors.items() if name.startswith(mark)}
+
+
+@pytest.mark.parametrize("text_rate", TEXT)
+def test_what_it_learned_is_named_as_diffusers_names_it(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, text_rate: float
+) -> None:
+    ours = trainer(pipeline, text_rate=text_rate)
+    factors = after(ours, 2)
     StableDiffusionPipeline.save_lora_weights(
-        tmp_path,
-        unet_lora_layers={name.removeprefix("unet."): one for name, one in after(trainer(pipeline), 2).items()},
+        tmp_path, unet_lora_layers=of("unet", factors), text_encoder_lora_layers=of("text_encoder", factors)
     )
     theirs = builders.pipeline()
     theirs.load_lora_weights(tmp_path)
-    ours = trainer(pipeline)
-    after(ours, 2)
-    inputs = (torch.ones(1, 4, 8, 8), torch.tensor([500]), torch.ones(1, 5, 16))
+    inputs, words = (torch.ones(1, 4, 8, 8), torch.tensor([500])), ["photo of sks person"]
     with torch.no_grad():
-        expected = theirs.unet(*inputs).sample
-        assert torch.allclose(ours._unet(*inputs).sample, expected, atol=1e-5)
-        assert not torch.allclose(pipeline.unet(*inputs).sample, expected, atol=1e-5)
+        texts = theirs.encode_prompt(words, "cpu", 1, False)[0]
+        expected = theirs.unet(*inputs, texts).sample
+        assert torch.allclose(ours._unet(*inputs, ours._words.read(words)).sample, expected, atol=1e-5)
+        plain = pipeline.encode_prompt(words, "cpu", 1, False)[0]
+        assert not torch.allclose(pipeline.unet(*inputs, plain).sample, expected, atol=1e-5)
+    assert torch.allclose(texts, plain, atol=1e-5) is not bool(text_rate)
