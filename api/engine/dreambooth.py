@@ -99,10 +99,13 @@ class Training:
             rank=lesson.rank,
             seed=lesson.seed,
             text_rate=None if lesson.train_text_encoder else 0.0,
+            prior=None if lesson.prior_preservation else 0,
         )
         own = _own(base, batch, lesson, check)
-        self.prior = _prior(base, batch, lesson.noun, priors, mark, check)
-        self.trainer = in_own_thread(partial(Trainer, base.pipeline, own, self.prior, self.recipe))
+        scenes = len(SCENES) if self.recipe.prior else SAMPLES  # the first show what is judged
+        self.of_class = _of_class(base, batch, _requests(base, f"a {lesson.noun}", scenes), priors, mark, check)
+        prior = self.of_class if self.recipe.prior else None
+        self.trainer = in_own_thread(partial(Trainer, base.pipeline, own, prior, self.recipe))
 
     def steps(self, until: int) -> Iterator[float]:
         """Does the steps up to number `until`, and yields the loss of each.
@@ -212,9 +215,10 @@ def _encode(base: Base, photo: bytes, flip: bool) -> list[Tensor]:
     return list(latents.float())
 
 
-def _prior(base: Base, batch: Batch, noun: str, folder: Path, mark: str, check: Check) -> Examples:
+def _of_class(
+    base: Base, batch: Batch, requests: Sequence[GenerateRequest], folder: Path, mark: str, check: Check
+) -> Examples:
     """Returns the base's own pictures of the class, drawn once and kept."""
-    requests = _requests(base, f"a {noun}", len(SCENES))
     asked = json.dumps([mark, *(request.model_dump() for request in requests)])
     file = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
     kept = load_noted(file)
@@ -303,7 +307,7 @@ def train(
     training = Training(base, batch, lesson, priors, mark, check)
     state, steps = folder / "state.safetensors", training.recipe.steps
     training.restore_state(state)
-    of_base = [_decoded(base, batch, latents) for latents in training.prior.latents[:SAMPLES]]
+    of_base = [_decoded(base, batch, latents) for latents in training.of_class.latents[:SAMPLES]]
     candidates, saving, smooth = list[Trained](), _Saving(), None
     for share in CANDIDATES:
         until = max(1, round(steps * share))

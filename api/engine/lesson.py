@@ -9,7 +9,8 @@ class Lesson:
     """What is to be learned: photos (PNG) of somebody who shall answer to `token` and the class noun.
 
     Steps and rank are the base's own choice where they are None; `flip` adds every photo's mirror image. Where
-    `train_text_encoder` is said the words learn, too, and not the pictures alone.
+    `train_text_encoder` is said the words learn, too, and not the pictures alone. Without `prior_preservation` a batch
+    has the sitter's pictures alone: faster, and the class may become the sitter.
     """
 
     photos: Sequence[bytes]
@@ -20,6 +21,7 @@ class Lesson:
     seed: int = 0
     flip: bool = False
     train_text_encoder: bool = False
+    prior_preservation: bool = True
 
     @property
     def who(self) -> str:

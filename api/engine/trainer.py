@@ -45,7 +45,7 @@ class Recipe:
         rank: of the factors.
         rate: the highest learning rate.
         own: pictures of the sitter in a batch.
-        prior: pictures of the class in a batch.
+        prior: pictures of the class in a batch; 0 where the class may become the sitter.
         seed: of the factors' start, the noise and the order of the pictures.
         guidance: the loss is taken on u + guidance · (c − u), as the base's own training did; 1 is the plain loss.
         text_rate: the highest learning rate of the text encoder's factors; 0 where it learns nothing.

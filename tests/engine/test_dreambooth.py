@@ -3,7 +3,7 @@
 import hashlib
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -217,6 +217,31 @@ def test_the_class_is_drawn_once_for_all_sitters(open_service: Open, base_folder
     made = prior.stat().st_mtime_ns
     train(service, base_folder, tmp_path / "other")
     assert [file.stat().st_mtime_ns for file in (tmp_path / "data" / "priors").iterdir()] == [made]
+
+
+def test_without_prior_preservation_the_sitters_pictures_alone_are_learned(
+    open_service: Open, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the class those are drawn that the samples are compared with."""
+    monkeypatch.setattr("api.engine.dreambooth.SCENES", SCENES[: SAMPLES + 1])
+    learned, losses = list[str](), Trainer._losses
+
+    def noted(trainer: Trainer, latents: torch.Tensor, words: Sequence[str], *given: Any) -> torch.Tensor:
+        assert len(latents) == len(words)
+        learned.extend(words)
+        return losses(trainer, latents, words, *given)
+
+    monkeypatch.setattr(Trainer, "_losses", noted)
+    alone = replace(LESSON, prior_preservation=False)
+    trained = train(open_service(), base_folder, tmp_path / "run", lesson=alone)
+    assert len(learned) == trained.recipe.own * STEPS
+    assert all("sks person" in words for words in learned)
+    assert trained.scores.variety > 0
+    [drawn] = (tmp_path / "data" / "priors").iterdir()
+    assert len(load_file(drawn)["latents"]) == SAMPLES
+    learned.clear()
+    train(open_service(), base_folder, tmp_path / "other")
+    assert sum("sks" not in words for words in learned) == STEPS
 
 
 def test_other_pipelines_are_refused(tmp_path: Path) -> None:
