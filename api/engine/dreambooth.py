@@ -4,7 +4,6 @@ Everything that computes is done on the step loop's thread, behind the drawings 
 """
 
 import hashlib
-import io
 import json
 import threading
 import time
@@ -18,15 +17,16 @@ from typing import Literal, TypeVar
 import numpy as np
 import structlog
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from api.engine.adapters import Adapter, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
+from api.engine.examples import Check, kept, learned_side, of_photos, resized, side_of, square
 from api.engine.judge import Scores, judge
 from api.engine.lesson import Lesson
-from api.engine.pipeline import decode, draw, drawn_size, latents_of
+from api.engine.pipeline import decode, draw, latents_of
 from api.engine.reader import AttributeReader
 from api.engine.threads import in_own_thread
 from api.engine.trainer import Examples, Recipe, Trainer, recipe_of
@@ -34,14 +34,6 @@ from api.engine.weights import load_noted, save_whole
 from api.errors import BadPicture, Blocked, Cancelled, TrainingFailed
 from api.schemas import GenerateRequest
 
-WORDINGS = (
-    "photo of {}",
-    "a photo of {}",
-    "portrait of {}",
-    "a portrait of {}",
-    "picture of {}",
-    "a close photo of {}",
-)
 # What the base draws the class in, to keep that; the first are what a sitter's samples show, too.
 SCENES = (
     "as an astronaut in space",
@@ -63,7 +55,6 @@ SCENES = (
 )
 SAMPLES = 4  # scenes of which a sitter's pictures are drawn
 SAMPLE_STEPS = 20
-LEAST_SIDE = 256  # pixels
 AT_ONCE = 8  # pictures of a class that are drawn together
 
 OF_CLASS = 2  # pictures of the class, that show whether it is still what it was
@@ -74,7 +65,6 @@ SMOOTH = 0.95  # share of the loss before in the loss that is told
 
 log = structlog.get_logger()
 Phase = Literal["caching", "training", "validating"]
-Check = Callable[[], None]
 T = TypeVar("T")
 
 
@@ -92,20 +82,40 @@ class Training:
 
     def __init__(self, base: Base, batch: Batch, lesson: Lesson, priors: Path, mark: str, check: Check) -> None:
         self._base, self._batch, self._check = base, batch, check
-        self.lesson = lesson
+        self.lesson, pipeline = lesson, base.pipeline
+        self._side = learned_side(pipeline, lesson.resolution)
         self.recipe: Recipe = recipe_of(
-            base.pipeline,
+            pipeline,
             steps=lesson.steps,
             rank=lesson.rank,
             seed=lesson.seed,
             text_rate=None if lesson.train_text_encoder else 0.0,
             prior=None if lesson.prior_preservation else 0,
+            resolution=self._side,
         )
-        own = _own(base, batch, lesson, check)
-        scenes = len(SCENES) if self.recipe.prior else SAMPLES  # the first show what is judged
-        self.of_class = _of_class(base, batch, _requests(base, f"a {lesson.noun}", scenes), priors, mark, check)
-        prior = self.of_class if self.recipe.prior else None
-        self.trainer = in_own_thread(partial(Trainer, base.pipeline, own, prior, self.recipe))
+        own = of_photos(pipeline, batch, lesson, self._side, check)
+        self.of_class, prior = self._of_class(priors, mark)
+        self.trainer = in_own_thread(partial(Trainer, pipeline, own, prior, self.recipe))
+
+    def _of_class(self, folder: Path, mark: str) -> tuple[Tensor, Examples | None]:
+        """Returns the base's own pictures of the class as latents, and what of them is learned, drawn once and kept."""
+        pipeline, learned = self._base.pipeline, self.recipe.prior > 0
+        scenes = len(SCENES) if learned else SAMPLES  # the first show what is judged
+        requests = _requests(self._base, f"a {self.lesson.noun}", scenes)
+        asked = [mark, *(request.model_dump() for request in requests)]
+        drawn = kept(_file(folder, asked), partial(self._draw_class, requests)).to(pipeline.device)
+        if not learned:
+            return drawn, None
+        latents = drawn
+        if self._side != learned_side(pipeline, None):  # as with photos: of a whole picture, made smaller
+            make = partial(resized, pipeline, self._batch, drawn, self._side, self._check)
+            latents = kept(_file(folder, [*asked, self._side]), make).to(pipeline.device)
+        return drawn, Examples(latents, [request.prompt for request in requests])
+
+    def _draw_class(self, requests: Sequence[GenerateRequest]) -> Tensor:
+        base, batch = self._base, self._batch
+        drawn = _together(lambda request, check: latents_of(base, request, batch, check), requests, self._check)
+        return batch.run_behind(lambda: torch.cat(drawn).cpu().clone())
 
     def steps(self, until: int) -> Iterator[float]:
         """Does the steps up to number `until`, and yields the loss of each.
@@ -149,15 +159,9 @@ def _sample(base: Base, batch: Batch, adapter: Adapter, request: GenerateRequest
     return draw(base, adapter, request, request.seed, batch, lambda step: None, check, behind=True).images[0]
 
 
-def _side(base: Base) -> int:
-    """Returns the side in pixels of the pictures that the base was trained on."""
-    pipeline = base.pipeline
-    return max(LEAST_SIDE, int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor))
-
-
 def _requests(base: Base, who: str, count: int) -> list[GenerateRequest]:
     """Returns requests for pictures of `who` in the first scenes, each with a seed of its own."""
-    prompts, side = [f"photo of {who} {scene}" for scene in SCENES[:count]], _side(base)
+    prompts, side = [f"photo of {who} {scene}" for scene in SCENES[:count]], side_of(base.pipeline)
     return [
         GenerateRequest(prompt=prompt, seed=seed, num_inference_steps=SAMPLE_STEPS, width=side, height=side)
         for seed, prompt in enumerate(prompts)
@@ -184,49 +188,9 @@ def _together(
             raise
 
 
-def _own(base: Base, batch: Batch, lesson: Lesson, check: Check) -> Examples:
-    """Returns every photo with every wording."""
-    latents = list[Tensor]()
-    for photo in lesson.photos:
-        check()
-        latents += batch.run_behind(partial(_encode, base, photo, lesson.flip))
-    words = [wording.format(lesson.who) for wording in WORDINGS]
-
-    photos = batch.run_behind(lambda: torch.stack(latents).repeat_interleave(len(words), dim=0))
-    return Examples(photos, words * len(latents))
-
-
-def _learned(base: Base, photo: bytes) -> Image.Image:
-    """Returns the square of a photo that is learned: its middle, and above that where faces are."""
-    pipeline, side = base.pipeline, _side(base)
-    with Image.open(io.BytesIO(photo), formats=("PNG",)) as image:
-        size = drawn_size(pipeline, side, side)
-        return ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=(0.5, 0.35))
-
-
-@torch.no_grad()
-def _encode(base: Base, photo: bytes, flip: bool) -> list[Tensor]:
-    """Returns the latents (channels, height, width) of what is learned of a photo, and perhaps of its mirror image."""
-    pipeline, image = base.pipeline, _learned(base, photo)
-    images = [image, ImageOps.mirror(image)] if flip else [image]
-    pixels = torch.cat([pipeline.image_processor.preprocess(one) for one in images])
-    vae = pipeline.vae
-    latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-    return list(latents.float())
-
-
-def _of_class(
-    base: Base, batch: Batch, requests: Sequence[GenerateRequest], folder: Path, mark: str, check: Check
-) -> Examples:
-    """Returns the base's own pictures of the class, drawn once and kept."""
-    asked = json.dumps([mark, *(request.model_dump() for request in requests)])
-    file = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
-    kept = load_noted(file)
-    if kept is None:
-        drawn = _together(lambda request, check: latents_of(base, request, batch, check), requests, check)
-        kept = {"latents": batch.run_behind(lambda: torch.cat(drawn).cpu().clone())}
-        save_whole(kept, file)
-    return Examples(kept["latents"].to(base.pipeline.device), [request.prompt for request in requests])
+def _file(folder: Path, asked: object) -> Path:
+    """Returns where that is kept which was made of what is `asked`."""
+    return folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -301,13 +265,14 @@ def train(
         check: called now and then; whatever it raises ends the training.
 
     Raises:
+        InvalidRequest: the base cannot learn at that resolution.
         TrainingFailed: the loss is not finite.
     """
     report(Report("caching"))
     training = Training(base, batch, lesson, priors, mark, check)
     state, steps = folder / "state.safetensors", training.recipe.steps
     training.restore_state(state)
-    of_base = [_decoded(base, batch, latents) for latents in training.of_class.latents[:SAMPLES]]
+    of_base = [_decoded(base, batch, latents) for latents in training.of_class[:SAMPLES]]
     candidates, saving, smooth = list[Trained](), _Saving(), None
     for share in CANDIDATES:
         until = max(1, round(steps * share))
@@ -361,7 +326,7 @@ def _judged(
         drawn = _together(partial(_sample, base, batch, adapter), requests, check)
     finally:
         base.drop(adapter)
-    photos = [_learned(base, photo) for photo in lesson.photos]
+    photos = [square(photo, learned_side(base.pipeline, None)) for photo in lesson.photos]
     own, of_class = drawn[:SAMPLES], drawn[SAMPLES:]
     scores = batch.run_behind(partial(judge, reader, photos, own, of_base, of_class))
     return scores, own

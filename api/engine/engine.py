@@ -27,7 +27,8 @@ from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.cache import Loaded
 from api.engine.combined import combined, name_of
-from api.engine.dreambooth import Check, OnReport, Trained, train
+from api.engine.dreambooth import OnReport, Trained, train
+from api.engine.examples import Check
 from api.engine.knee import Knee
 from api.engine.lesson import Lesson
 from api.engine.own import OwnModel

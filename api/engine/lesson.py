@@ -10,7 +10,8 @@ class Lesson:
 
     Steps and rank are the base's own choice where they are None; `flip` adds every photo's mirror image. Where
     `train_text_encoder` is said the words learn, too, and not the pictures alone. Without `prior_preservation` a batch
-    has the sitter's pictures alone: faster, and the class may become the sitter.
+    has the sitter's pictures alone: faster, and the class may become the sitter. `resolution` is the side in pixels of
+    the square that is learned of each photo, from 256 to the base's own, which None stands for.
     """
 
     photos: Sequence[bytes]
@@ -22,6 +23,7 @@ class Lesson:
     flip: bool = False
     train_text_encoder: bool = False
     prior_preservation: bool = True
+    resolution: int | None = None
 
     @property
     def who(self) -> str:

@@ -49,6 +49,7 @@ class Recipe:
         seed: of the factors' start, the noise and the order of the pictures.
         guidance: the loss is taken on u + guidance · (c − u), as the base's own training did; 1 is the plain loss.
         text_rate: the highest learning rate of the text encoder's factors; 0 where it learns nothing.
+        resolution: the side in pixels of the squares that are learned; None for the base's own.
         gamma: caps the weight of steps with little noise, as in min-SNR (https://arxiv.org/abs/2303.09556); but of a
             base that predicts velocity those full of noise keep theirs, which min-SNR would make nothing.
     """
@@ -61,6 +62,7 @@ class Recipe:
     seed: int
     guidance: float = 1.0
     text_rate: float = 0.0
+    resolution: int | None = None
     gamma: float = 5.0
 
 

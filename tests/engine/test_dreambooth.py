@@ -22,7 +22,7 @@ from api.engine.dreambooth import SAMPLES, SCENES, Report, Trained, _worth
 from api.engine.judge import Scores
 from api.engine.lesson import Lesson
 from api.engine.trainer import Recipe, Trainer
-from api.errors import BadPicture, Cancelled, ModelUnavailable, TrainingFailed
+from api.errors import BadPicture, Cancelled, InvalidRequest, ModelUnavailable, TrainingFailed
 from api.model_service import ModelService
 from tests import builders
 
@@ -242,6 +242,58 @@ def test_without_prior_preservation_the_sitters_pictures_alone_are_learned(
     learned.clear()
     train(open_service(), base_folder, tmp_path / "other")
     assert sum("sks" not in words for words in learned) == STEPS
+
+
+def large(base_folder: Path, folder: Path, **scheduler: Any) -> Path:
+    """The base as if it were trained on pictures of 384 pixels."""
+    builders.copy_of(base_folder, folder)
+    builders.edit_json(folder / "unet/config.json", lambda config: config.update(sample_size=48))
+    builders.edit_json(folder / "scheduler/scheduler_config.json", lambda config: config.update(scheduler))
+    return folder
+
+
+def test_smaller_squares_are_learned_and_the_samples_are_as_large_as_ever(
+    open_service: Open, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, losses = set[tuple[int, ...]](), Trainer._losses
+
+    def noted(trainer: Trainer, latents: torch.Tensor, *given: Any) -> torch.Tensor:
+        sizes.add(tuple(latents.shape))
+        return losses(trainer, latents, *given)
+
+    monkeypatch.setattr(Trainer, "_losses", noted)
+    service, base = open_service(), large(base_folder, tmp_path / "large")
+    whole = train(service, base, tmp_path / "whole")
+    assert (sizes, whole.recipe.resolution) == ({(2, 4, 48, 48)}, 384)
+    sizes.clear()
+    lesson = replace(LESSON, resolution=256)
+    small = train(service, base, tmp_path / "small", lesson=lesson)
+    assert (sizes, small.recipe.resolution) == ({(2, 4, 32, 32)}, 256)
+    assert {image.size for image in (*whole.samples, *small.samples)} == {(384, 384)}
+    assert sha256(small.file) != sha256(whole.file)
+    priors = {tuple(load_file(file)["latents"].shape): file for file in (tmp_path / "data" / "priors").iterdir()}
+    assert priors.keys() == {(SAMPLES, 4, 48, 48), (SAMPLES, 4, 32, 32)}  # the same pictures, made smaller
+    made = priors[SAMPLES, 4, 32, 32].stat().st_mtime_ns
+    train(service, base, tmp_path / "other", lesson=replace(lesson, seed=2))
+    assert priors[SAMPLES, 4, 32, 32].stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("resolution", "scheduler", "hint"),
+    [
+        (248, {}, "multiples of 16 from 256"),
+        (264, {}, "multiples of 16 from 256"),
+        (400, {}, "384 will do"),
+        (256, {"_shorter_side": 384}, "384 will do."),  # it draws at that size alone
+    ],
+)
+def test_squares_that_a_base_cannot_learn_are_refused(
+    open_service: Open, base_folder: Path, tmp_path: Path, resolution: int, scheduler: dict[str, Any], hint: str
+) -> None:
+    base = large(base_folder, tmp_path / "large", **scheduler)
+    with pytest.raises(InvalidRequest, match=f"squares of {resolution} pixels") as refused:
+        train(open_service(), base, tmp_path / "run", lesson=replace(LESSON, resolution=resolution))
+    assert hint in refused.value.hint
 
 
 def test_other_pipelines_are_refused(tmp_path: Path) -> None:
