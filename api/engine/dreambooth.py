@@ -1,37 +1,36 @@
 """A sitter's training: from photos and a class noun to a LoRA, with what shows how good it is.
 
-Everything that computes is done on the step loop's thread, behind the drawings of others (`Batch.run_behind`).
+Everything that computes is done on the step loop's thread, behind the drawings of others (`Batch.run_behind`); but what
+a base of the stock lane draws, see `samples`.
 """
 
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import structlog
-import torch
 from PIL import Image
 from torch import Tensor
 
-from api.engine.adapters import Adapter, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.examples import Check, kept, learned_side, of_photos, resized, side_of, square
 from api.engine.judge import Scores, judge
 from api.engine.lesson import Lesson
-from api.engine.pipeline import decode, draw, latents_of
+from api.engine.pipeline import decode
 from api.engine.reader import AttributeReader
+from api.engine.samples import by_candidate, of_class
+from api.engine.stock import StockBase
 from api.engine.threads import in_own_thread
 from api.engine.trainer import Examples, Recipe, Trainer, recipe_of
 from api.engine.weights import load_noted, save_whole
-from api.errors import BadPicture, Blocked, Cancelled, TrainingFailed
+from api.errors import BadPicture, Blocked, TrainingFailed
 from api.schemas import GenerateRequest
 
 # What the base draws the class in, to keep that; the first are what a sitter's samples show, too.
@@ -55,8 +54,6 @@ SCENES = (
 )
 SAMPLES = 4  # scenes of which a sitter's pictures are drawn
 SAMPLE_STEPS = 20
-AT_ONCE = 8  # pictures of a class that are drawn together
-
 OF_CLASS = 2  # pictures of the class, that show whether it is still what it was
 CANDIDATES = (0.6, 0.8, 1.0)  # shares of the steps after which one is drawn with and judged
 SAVE_SHARE = 0.05  # of the time, that goes into saving states
@@ -65,7 +62,6 @@ SMOOTH = 0.95  # share of the loss before in the loss that is told
 
 log = structlog.get_logger()
 Phase = Literal["caching", "training", "validating"]
-T = TypeVar("T")
 
 
 class Training:
@@ -80,7 +76,9 @@ class Training:
         check: called now and then; whatever it raises ends the training.
     """
 
-    def __init__(self, base: Base, batch: Batch, lesson: Lesson, priors: Path, mark: str, check: Check) -> None:
+    def __init__(
+        self, base: Base | StockBase, batch: Batch, lesson: Lesson, priors: Path, mark: str, check: Check
+    ) -> None:
         self._base, self._batch, self._check = base, batch, check
         self.lesson, pipeline = lesson, base.pipeline
         self._side = learned_side(pipeline, lesson.resolution)
@@ -103,7 +101,8 @@ class Training:
         scenes = len(SCENES) if learned else SAMPLES  # the first show what is judged
         requests = _requests(self._base, f"a {self.lesson.noun}", scenes)
         asked = [mark, *(request.model_dump() for request in requests)]
-        drawn = kept(_file(folder, asked), partial(self._draw_class, requests)).to(pipeline.device)
+        draw = partial(of_class, self._base, self._batch, requests, self._check)
+        drawn = kept(_file(folder, asked), draw).to(pipeline.device)
         if not learned:
             return drawn, None
         latents = drawn
@@ -111,11 +110,6 @@ class Training:
             make = partial(resized, pipeline, self._batch, drawn, self._side, self._check)
             latents = kept(_file(folder, [*asked, self._side]), make).to(pipeline.device)
         return drawn, Examples(latents, [request.prompt for request in requests])
-
-    def _draw_class(self, requests: Sequence[GenerateRequest]) -> Tensor:
-        base, batch = self._base, self._batch
-        drawn = _together(lambda request, check: latents_of(base, request, batch, check), requests, self._check)
-        return batch.run_behind(lambda: torch.cat(drawn).cpu().clone())
 
     def steps(self, until: int) -> Iterator[float]:
         """Does the steps up to number `until`, and yields the loss of each.
@@ -154,38 +148,13 @@ class Training:
         return {name: factor.half().cpu().contiguous() for name, factor in self.trainer.factors().items()}
 
 
-def _sample(base: Base, batch: Batch, adapter: Adapter, request: GenerateRequest, check: Check) -> Image.Image:
-    assert request.seed is not None
-    return draw(base, adapter, request, request.seed, batch, lambda step: None, check, behind=True).images[0]
-
-
-def _requests(base: Base, who: str, count: int) -> list[GenerateRequest]:
+def _requests(base: Base | StockBase, who: str, count: int) -> list[GenerateRequest]:
     """Returns requests for pictures of `who` in the first scenes, each with a seed of its own."""
     prompts, side = [f"photo of {who} {scene}" for scene in SCENES[:count]], side_of(base.pipeline)
     return [
         GenerateRequest(prompt=prompt, seed=seed, num_inference_steps=SAMPLE_STEPS, width=side, height=side)
         for seed, prompt in enumerate(prompts)
     ]
-
-
-def _together(
-    action: Callable[[GenerateRequest, Check], T], requests: Sequence[GenerateRequest], check: Check
-) -> list[T]:
-    """Returns what `action` does with each, several at once; when one fails the others end at their next step."""
-    failed = threading.Event()
-
-    def still_wanted() -> None:
-        if failed.is_set():
-            raise Cancelled("another picture beside it failed")
-        check()
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(action, request, still_wanted) for request in requests]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            failed.set()
-            raise
 
 
 def _file(folder: Path, asked: object) -> Path:
@@ -239,7 +208,7 @@ class _Saving:
 
 
 def train(
-    base: Base,
+    base: Base | StockBase,
     batch: Batch,
     lesson: Lesson,
     folder: Path,
@@ -311,7 +280,7 @@ def _worth(candidate: Trained) -> tuple[bool, float, int]:
 
 
 def _judged(
-    base: Base,
+    base: Base | StockBase,
     batch: Batch,
     lesson: Lesson,
     file: Path,
@@ -320,17 +289,13 @@ def _judged(
     check: Check,
 ) -> tuple[Scores, Sequence[Image.Image]]:
     """Returns how good the candidate in `file` is, and its samples."""
-    adapter = batch.run_behind(partial(load_adapter, file, base.pipeline, 1.0))
-    try:
-        requests = [*_requests(base, lesson.who, SAMPLES), *_requests(base, f"a {lesson.noun}", OF_CLASS)]
-        drawn = _together(partial(_sample, base, batch, adapter), requests, check)
-    finally:
-        base.drop(adapter)
+    requests = [*_requests(base, lesson.who, SAMPLES), *_requests(base, f"a {lesson.noun}", OF_CLASS)]
+    drawn = by_candidate(base, batch, file, requests, check)
     photos = [square(photo, learned_side(base.pipeline, None)) for photo in lesson.photos]
-    own, of_class = drawn[:SAMPLES], drawn[SAMPLES:]
-    scores = batch.run_behind(partial(judge, reader, photos, own, of_base, of_class))
+    own, others = drawn[:SAMPLES], drawn[SAMPLES:]
+    scores = batch.run_behind(partial(judge, reader, photos, own, of_base, others))
     return scores, own
 
 
-def _decoded(base: Base, batch: Batch, latents: Tensor) -> Image.Image:
+def _decoded(base: Base | StockBase, batch: Batch, latents: Tensor) -> Image.Image:
     return batch.run_behind(partial(decode, base.pipeline, latents[None], checked=False))[0]

@@ -41,6 +41,7 @@ from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter, load_stock_adapter
 from api.engine.text2image import STABLE_DIFFUSION
 from api.engine.threads import in_own_thread
+from api.engine.trainer import require_trainable
 from api.engine.warming import warm
 from api.errors import DeviceLost, ModelUnavailable, OutOfMemory, SitterError
 from api.schemas import GenerateRequest
@@ -320,8 +321,7 @@ class Engine:
 
         Raises ModelUnavailable, OutOfMemory and DeviceLost besides.
         """
-        if not isinstance(base, Base):
-            raise ModelUnavailable("this base cannot be trained over", "Only Stable Diffusion 1 and 2 can.")
+        require_trainable(base.pipeline)
         judge = self._settings.judges.get(source.base)
         mark, priors = deltas.fingerprint(self.find_base(source)), self._settings.data_dir / "priors"
         with self._told_apart():

@@ -1,5 +1,6 @@
 """What a training learns from: squares of photos, and of pictures of the class, as latents with the words for them."""
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -68,7 +69,7 @@ def of_photos(pipeline: Any, batch: Batch, lesson: Lesson, side: int, check: Che
         check()
         image = square(photo, side)
         images = [image, ImageOps.mirror(image)] if lesson.flip else [image]
-        latents += batch.run_behind(partial(_encode, pipeline, images))
+        latents += batch.run_behind(partial(encoded, pipeline, images))
     words = [wording.format(lesson.who) for wording in WORDINGS]
     photos = batch.run_behind(lambda: torch.stack(latents).repeat_interleave(len(words), dim=0))
     return Examples(photos, words * len(latents))
@@ -79,7 +80,7 @@ def resized(pipeline: Any, batch: Batch, latents: Tensor, side: int, check: Chec
 
     def one(drawn: Tensor) -> Tensor:
         [picture] = decode(pipeline, drawn[None], checked=False)
-        return _encode(pipeline, [picture.resize((side, side), Image.Resampling.LANCZOS)])[0]
+        return encoded(pipeline, [picture.resize((side, side), Image.Resampling.LANCZOS)])[0]
 
     changed = list[Tensor]()
     for drawn in latents:
@@ -89,12 +90,18 @@ def resized(pipeline: Any, batch: Batch, latents: Tensor, side: int, check: Chec
 
 
 @torch.no_grad()
-def _encode(pipeline: Any, images: Sequence[Image.Image]) -> list[Tensor]:
+def encoded(pipeline: Any, images: Sequence[Image.Image]) -> list[Tensor]:
     """Returns the latents of each (channels, height, width), in float32."""
     pixels = torch.cat([pipeline.image_processor.preprocess(one) for one in images])
-    vae = pipeline.vae
-    latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+    latents = _mean(pipeline.vae, pixels)
+    if not torch.isfinite(latents).all():  # known of SDXL's encoder in float16: once more in float32
+        latents = _mean(copy.deepcopy(pipeline.vae).float(), pixels)
     return list(latents.float())
+
+
+def _mean(vae: Any, pixels: Tensor) -> Tensor:
+    latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+    return latents
 
 
 def kept(file: Path, make: Callable[[], Tensor]) -> Tensor:

@@ -16,16 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from api.engine.components import ONE_LOAD
+from api.engine.text2image import STABLE_DIFFUSION
 from api.engine.weights import shell
-from api.engine.words import Words
+from api.engine.words import Heard, Words
+from api.errors import ModelUnavailable
 
+TRAINABLE = (STABLE_DIFFUSION, "StableDiffusionXLPipeline")
+PREDICTIONS = ("epsilon", "v_prediction")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+ENCODERS = ("text_encoder", "text_encoder_2")
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 POOLED_TEXT = "time_emb_proj"  # where a base whose pooled text joins the timestep hears of it
 BETAS, DECAY, EPSILON = (0.9, 0.999), 0.01, 1e-8
@@ -74,7 +79,16 @@ class Examples:
     words: Sequence[str]
 
 
-def recipe_of(pipeline: StableDiffusionPipeline, **said: Any) -> Recipe:
+def require_trainable(pipeline: DiffusionPipeline) -> None:
+    """Raises ModelUnavailable unless a sitter can be trained over a base."""
+    if type(pipeline).__name__ not in TRAINABLE:
+        raise ModelUnavailable("this base cannot be trained over", "Only Stable Diffusion 1, 2 and XL can.")
+    predicts = pipeline.scheduler.config.get("prediction_type")
+    if predicts not in PREDICTIONS or pipeline.vae.config.get("latents_mean") is not None:
+        raise ModelUnavailable("this base cannot be trained over", "Its noise or its latents are of another kind.")
+
+
+def recipe_of(pipeline: DiffusionPipeline, **said: Any) -> Recipe:
     """Returns the recipe for a base: what is `said`, else its scheduler's `_training_…`, else what does for most."""
     ours: dict[str, Any] = {"steps": 800, "rank": 16, "rate": 1e-4, "own": 1, "prior": 1, "seed": 0, "guidance": 1.0}
     config = pipeline.scheduler.config
@@ -93,9 +107,7 @@ class Trainer:
         recipe: how.
     """
 
-    def __init__(
-        self, pipeline: StableDiffusionPipeline, own: Examples, prior: Examples | None, recipe: Recipe
-    ) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, own: Examples, prior: Examples | None, recipe: Recipe) -> None:
         self.recipe = recipe
         self.done = 0
         self._own, self._prior = own, prior
@@ -104,7 +116,9 @@ class Trainer:
         self._snr = (kept / (1 - kept).clamp(min=1e-8)).to(pipeline.device)
         self._unet = shell(pipeline.unet).requires_grad_(False)
         self._scale = HALF_SCALE if pipeline.unet.dtype == torch.float16 else 1.0
-        encoders = {"text_encoder": shell(pipeline.text_encoder).requires_grad_(False)} if recipe.text_rate else {}
+        self._cell = int(pipeline.vae_scale_factor)
+        readers = [name for name in ENCODERS if recipe.text_rate and getattr(pipeline, name, None) is not None]
+        encoders = {name: shell(getattr(pipeline, name)).requires_grad_(False) for name in readers}
         self._words = Words(pipeline, encoders)
         targets = [*ATTENTION, *([POOLED_TEXT] if pipeline.unet.config.get("addition_embed_type") == "text" else [])]
         of_unet = _with_factors("unet", self._unet, targets, recipe.rank)
@@ -157,15 +171,16 @@ class Trainer:
     def _losses(self, latents: Tensor, words: Sequence[str], chance: torch.Generator) -> Tensor:
         """Returns the weighted error of each row at one time each, the times spread over all noise levels."""
         rows, device = len(latents), latents.device
+        size = latents.shape[2] * self._cell, latents.shape[3] * self._cell
         spread = (torch.randperm(rows, generator=chance) + torch.rand(rows, generator=chance)) / rows
         most = self._noise.config.num_train_timesteps
         times = (spread * most).long().clamp(max=most - 1).to(device)  # the largest of float32 round up to 1
         noise = torch.randn(latents.shape, generator=chance).to(device)
         noisy = self._noise.add_noise(latents, noise, times)
-        predicted = self._predict(noisy, times, self._words.read(words))
+        predicted = self._predict(noisy, times, self._words.read(words, size))
         if self.recipe.guidance > 1:
             with torch.no_grad():
-                wordless = self._predict(noisy, times, self._words.read([""]).expand(rows, -1, -1))
+                wordless = self._predict(noisy, times, self._words.silence(rows, size))
             predicted = wordless + self.recipe.guidance * (predicted - wordless)
         velocity = self._noise.config.prediction_type == "v_prediction"
         target = self._noise.get_velocity(latents, noise, times) if velocity else noise
@@ -174,9 +189,12 @@ class Trainer:
         weights: Tensor = (self.recipe.gamma / (self._snr[times] + velocity)).clamp(max=1)
         return weights * errors
 
-    def _predict(self, noisy: Tensor, times: Tensor, texts: Tensor) -> Tensor:
+    def _predict(self, noisy: Tensor, times: Tensor, heard: Heard) -> Tensor:
         dtype = next(self._unet.parameters()).dtype
-        predicted: Tensor = self._unet(noisy.to(dtype), times, texts.to(dtype), return_dict=False)[0]
+        added = heard.added and {name: one.to(dtype) for name, one in heard.added.items()}
+        predicted: Tensor = self._unet(
+            noisy.to(dtype), times, heard.texts.to(dtype), added_cond_kwargs=added, return_dict=False
+        )[0]
         return predicted.float()
 
     def factors(self) -> dict[str, Tensor]:

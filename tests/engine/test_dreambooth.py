@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ from api.engine.lesson import Lesson
 from api.engine.trainer import Recipe, Trainer
 from api.errors import BadPicture, Cancelled, InvalidRequest, ModelUnavailable, TrainingFailed
 from api.model_service import ModelService
-from tests import builders
+from tests import builders, families
 
 STEPS = 5
 LEAST_DB = 40.0
@@ -106,6 +106,19 @@ def drawn(service: ModelService, user: str) -> Any:
     return np.asarray(Image.open(io.BytesIO(png)), float)
 
 
+def by_diffusers(pipeline: Any) -> Any:
+    request = builders.request()
+    image = pipeline(
+        request.prompt,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        width=request.width,
+        height=request.height,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    return np.asarray(image, float)
+
+
 @pytest.fixture
 def quick_learner(base_folder: Path, tmp_path: Path) -> Path:
     """A base of which a few steps make another."""
@@ -131,16 +144,7 @@ def test_its_file_draws_the_same_in_diffusers(
     theirs = StableDiffusionPipeline.from_pretrained(quick_learner, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
     theirs.load_lora_weights(file)
-    request = builders.request()
-    image = theirs(
-        request.prompt,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        width=request.width,
-        height=request.height,
-        generator=torch.Generator().manual_seed(7),
-    ).images[0]
-    assert psnr(pixels["ada"], np.asarray(image, float)) > LEAST_DB
+    assert psnr(pixels["ada"], by_diffusers(theirs)) > LEAST_DB
     assert psnr(pixels["ada"], pixels["default"]) < LEAST_DB
     assert (psnr(pixels["ada"], pixels["half"]) < LEAST_DB) is lesson.train_text_encoder
 
@@ -263,19 +267,16 @@ def test_smaller_squares_are_learned_and_the_samples_are_as_large_as_ever(
 
     monkeypatch.setattr(Trainer, "_losses", noted)
     service, base = open_service(), large(base_folder, tmp_path / "large")
-    whole = train(service, base, tmp_path / "whole")
-    assert (sizes, whole.recipe.resolution) == ({(2, 4, 48, 48)}, 384)
-    sizes.clear()
-    lesson = replace(LESSON, resolution=256)
-    small = train(service, base, tmp_path / "small", lesson=lesson)
-    assert (sizes, small.recipe.resolution) == ({(2, 4, 32, 32)}, 256)
-    assert {image.size for image in (*whole.samples, *small.samples)} == {(384, 384)}
-    assert sha256(small.file) != sha256(whole.file)
+    lesson = replace(LESSON, steps=2, resolution=256)
+    trained = train(service, base, tmp_path / "small", lesson=lesson)
+    assert (sizes, trained.recipe.resolution) == ({(2, 4, 32, 32)}, 256)
+    assert {image.size for image in trained.samples} == {(384, 384)}
     priors = {tuple(load_file(file)["latents"].shape): file for file in (tmp_path / "data" / "priors").iterdir()}
     assert priors.keys() == {(SAMPLES, 4, 48, 48), (SAMPLES, 4, 32, 32)}  # the same pictures, made smaller
-    made = priors[SAMPLES, 4, 32, 32].stat().st_mtime_ns
-    train(service, base, tmp_path / "other", lesson=replace(lesson, seed=2))
-    assert priors[SAMPLES, 4, 32, 32].stat().st_mtime_ns == made
+    made = [file.stat().st_mtime_ns for file in priors.values()]
+    whole = train(service, base, tmp_path / "whole", lesson=replace(lesson, resolution=None))
+    assert (sizes, whole.recipe.resolution) == ({(2, 4, 32, 32), (2, 4, 48, 48)}, 384)
+    assert [file.stat().st_mtime_ns for file in priors.values()] == made
 
 
 @pytest.mark.parametrize(
@@ -296,9 +297,30 @@ def test_squares_that_a_base_cannot_learn_are_refused(
     assert hint in refused.value.hint
 
 
-def test_other_pipelines_are_refused(tmp_path: Path) -> None:
-    from tests import families
+@pytest.mark.parametrize("lesson", [LESSON, replace(LESSONS[1], resolution=256)])
+def test_over_stable_diffusion_xl_a_lora_is_learned_that_its_own_pipeline_loads(
+    open_service: Open, tmp_path: Path, lesson: Lesson
+) -> None:
+    base = families.save("sdxl", tmp_path / "sdxl")
+    builders.edit_json(base / "scheduler/scheduler_config.json", lambda config: config.update(_training_rate=0.05))
+    if lesson.resolution:
+        builders.edit_json(base / "unet/config.json", lambda config: config.update(sample_size=48))
+    trained = train(open_service(), base, tmp_path / "run", lesson=lesson)
+    assert len(trained.samples) == SAMPLES
+    source = partial(builders.source, base)
+    ours = ModelService(builders.settings({"default": source(), "ada": source(lora=str(trained.file))}))
+    try:
+        pixels = {user: drawn(ours, user) for user in ("default", "ada")}
+    finally:
+        ours.close()
+    theirs = StableDiffusionXLPipeline.from_pretrained(base)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_lora_weights(trained.file)
+    assert psnr(pixels["ada"], by_diffusers(theirs)) > LEAST_DB
+    assert psnr(pixels["ada"], pixels["default"]) < LEAST_DB
 
+
+def test_other_pipelines_are_refused(tmp_path: Path) -> None:
     folder = families.save("sd3", tmp_path / "sd3")
     service = ModelService(builders.settings({"default": builders.source(folder)}))
     try:

@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from api.engine.trainer import Examples, Recipe, Trainer, recipe_of
-from tests import builders
+from api.engine.trainer import Examples, Recipe, Trainer, recipe_of, require_trainable
+from api.errors import ModelUnavailable
+from tests import builders, families
 
 STEPS = 8
 TEXT = [0.0, 1e-2]  # rates of the text encoder
@@ -117,12 +119,12 @@ def test_the_text_encoder_learns_where_that_is_asked_for(pipeline: StableDiffusi
     """Its attention alone, at a rate of its own, and every text is read with what it learned."""
     one = trainer(pipeline, rate=0.0, text_rate=1e-2)
     words = [*one._own.words, ""]
-    before = one._words.read(words)
+    before = one._words.read(words, (64, 64)).texts
     learned = {name for name, factor in after(one, STEPS).items() if ".lora_B." in name and factor.any()}
     layers = [f"{layer}_proj" for layer in ("q", "k", "v", "out")]
     of_texts = {f"text_encoder.text_model.encoder.layers.{n}.self_attn.{layer}" for n in (0, 1) for layer in layers}
     assert learned == {f"{layer}.lora_B.weight" for layer in of_texts}
-    read = one._words.read(words)
+    read = one._words.read(words, (64, 64)).texts
     assert all(not torch.allclose(now, then, atol=1e-5) for now, then in zip(read, before, strict=True))
 
 
@@ -145,6 +147,32 @@ def test_it_goes_on_from_a_state_to_the_same_end(
     again.restore(state)
     assert again.done == done
     assert same(after(again, STEPS - done), after(trainer(pipeline, text_rate=text_rate), STEPS))
+
+
+@pytest.mark.parametrize("text_rate", TEXT)
+def test_over_stable_diffusion_xl_it_learns_and_goes_on_too(text_rate: float) -> None:
+    """Some factors of its first encoder are never reached: it is read before its last layer."""
+    base = families.sdxl()
+    for module in (base.unet, base.vae, base.text_encoder, base.text_encoder_2):
+        module.requires_grad_(False)
+    killed = trainer(base, guidance=2.0, text_rate=text_rate)
+    after(killed, 3)
+    again = trainer(base, guidance=2.0, text_rate=text_rate)
+    again.restore(killed.state())
+    whole = after(trainer(base, guidance=2.0, text_rate=text_rate), STEPS)
+    assert same(after(again, STEPS - 3), whole)
+    components = {"unet", "text_encoder", "text_encoder_2"} if text_rate else {"unet"}
+    assert {name.split(".")[0] for name, one in whole.items() if ".lora_B." in name and one.any()} == components
+    assert not any(isinstance(part, BaseTunerLayer) for part in (*base.unet.modules(), *base.text_encoder_2.modules()))
+
+
+@pytest.mark.parametrize("change", [{"prediction_type": "sample"}, {"prediction_type": "flow_prediction"}])
+def test_a_base_of_other_noise_is_refused(pipeline: StableDiffusionPipeline, change: dict[str, str]) -> None:
+    base = builders.pipeline(scheduler=DDIMScheduler(**builders.SCHEDULER))
+    require_trainable(base)
+    base.scheduler.register_to_config(**change)
+    with pytest.raises(ModelUnavailable, match="cannot be trained"):
+        require_trainable(base)
 
 
 def test_a_guided_loss_is_another_one(pipeline: StableDiffusionPipeline) -> None:
@@ -181,7 +209,7 @@ def test_what_it_learned_is_named_as_diffusers_names_it(
     with torch.no_grad():
         texts = theirs.encode_prompt(words, "cpu", 1, False)[0]
         expected = theirs.unet(*inputs, texts).sample
-        assert torch.allclose(ours._unet(*inputs, ours._words.read(words)).sample, expected, atol=1e-5)
+        assert torch.allclose(ours._unet(*inputs, ours._words.read(words, (64, 64)).texts).sample, expected, atol=1e-5)
         plain = pipeline.encode_prompt(words, "cpu", 1, False)[0]
         assert not torch.allclose(pipeline.unet(*inputs, plain).sample, expected, atol=1e-5)
     assert torch.allclose(texts, plain, atol=1e-5) is not bool(text_rate)
