@@ -260,6 +260,9 @@ class Settings(BaseSettings):
     limit_steps_per_day: int = Field(
         default=0, ge=0, description="Denoising steps of one user's pictures in a day (UTC); 0 is no limit."
     )
+    limit_trainings: int = Field(
+        default=3, ge=0, description="Trainings of one user that may wait or run at once; 0 is no limit."
+    )
     limit_models_gb: float = Field(
         default=10.0, ge=0, allow_inf_nan=False, description="Space for one user's own models, in GB; 0 is no limit."
     )

@@ -27,6 +27,8 @@ def open_archive(file: IO[bytes]) -> Iterator[ZipFile]:
     try:
         _refuse_large_index(file)
         with ZipFile(file) as archive:
+            if len(archive.infolist()) > MOST_ENTRIES:
+                raise _too_many()
             yield archive
     except OSError as error:
         if error.errno != errno.EINVAL:  # it tells of a place before its beginning
@@ -51,6 +53,12 @@ def _refuse_large_index(file: IO[bytes]) -> None:
     at = end.rfind(b"PK\x05\x06")
     if at < 0 or len(end) < at + 22:
         raise _unreadable()
+    if end[max(0, at - 20) : at].startswith(b"PK\x06\x07"):  # it is told elsewhere, for more than 4 GB or 65,535 files
+        raise InvalidRequest("the archive is a ZIP64", "Pack what is needed alone, in an ordinary ZIP.")
     count, index_bytes = struct.unpack_from("<HI", end, at + 10)
     if count > MOST_ENTRIES or index_bytes > INDEX_BYTES:
-        raise InvalidRequest(f"the archive holds over {MOST_ENTRIES} files", "Pack what is needed alone.")
+        raise _too_many()
+
+
+def _too_many() -> InvalidRequest:
+    return InvalidRequest(f"the archive holds over {MOST_ENTRIES} files", "Pack what is needed alone.")

@@ -13,6 +13,7 @@ from sqlalchemy import (
     ColumnElement,
     CursorResult,
     Row,
+    and_,
     case,
     exists,
     func,
@@ -88,6 +89,7 @@ async def claim(
     most: int,
     idle: bool = True,
     trains: bool = True,
+    alone: bool = True,
 ) -> list[Claim]:
     """Takes the next jobs of the fair queue: fewer than `most` when there are no more that may run.
 
@@ -98,20 +100,26 @@ async def claim(
             the queue has waited less than `warm_first_seconds`.
         warm_first_seconds: see `warm`.
         max_running: jobs that one user may have running at once, unless their own limits say otherwise; 0 is no limit.
-        most: how many are wanted.
-        idle: whether the worker has nothing in hand: a job that a worker died of is drawn alone, as others that are
+        most: how many drawings are wanted.
+        idle: whether the worker draws nothing: a job that a worker died of is drawn alone, as others that are
             drawn with it would die, too, and it would take them along.
-        trains: whether a training may be among them, one at most.
+        trains: whether a training may come besides, one at most.
+        alone: whether it has no training in hand that a worker died of: it could be the next one's end, so that the
+            jobs which wait to be drawn alone wait for its end, and others go first.
     """
     claims: list[Claim] = []
     async with database.transaction() as session:
         # One at a time: two at once would both count the same running jobs and pass a user's cap.
         await session.execute(select(Queue.id).with_for_update())
         places = await _places(session, max_running)
-        while len(claims) < most:
-            capped = [user for user, left in places.items() if left <= 0]
+        while True:
             trains = trains and all(claim.job.kind == "draw" for claim in claims)
-            found = await _next(session, capped, warm, warm_first_seconds, trains)
+            draws = sum(claim.job.kind == "draw" for claim in claims) < most
+            if not (draws or trains):
+                break
+            capped = [user for user, left in places.items() if left <= 0]
+            may = _may_begin(draws, trains, alone)
+            found = await _next(session, capped, warm, warm_first_seconds, may)
             if found is None:
                 break
             job, limits = found
@@ -127,12 +135,16 @@ async def claim(
 
 
 async def _next(
-    session: AsyncSession, capped: Collection[str], warm: Collection[str], warm_first_seconds: float, trains: bool
+    session: AsyncSession,
+    capped: Collection[str],
+    warm: Collection[str],
+    warm_first_seconds: float,
+    may_begin: ColumnElement[bool],
 ) -> _Found | None:
     """Returns the job whose turn it is with its user's limits, and moves virtual time to the head of the queue."""
     queued = select(Request, User.limits).join(User, User.id == Request.user_id)
     in_time = or_(Request.deadline.is_(None), Request.deadline > now())
-    queued = queued.where(QUEUED, Request.user_id.not_in(capped), in_time, _may_begin(trains))
+    queued = queued.where(QUEUED, Request.user_id.not_in(capped), in_time, may_begin)
     take = queued.order_by(*ORDER).limit(1).with_for_update(of=Request, skip_locked=True)
     found: _Found | None = (await session.execute(take)).one_or_none()
     if found is None:
@@ -148,13 +160,15 @@ async def _next(
     return (await session.execute(sooner)).one_or_none() or found
 
 
-def _may_begin(trains: bool) -> ColumnElement[bool]:
-    """Of two trainings of one model the second waits."""
-    if not trains:
-        return Request.kind == "draw"
+def _may_begin(draws: bool, trains: bool, alone: bool) -> ColumnElement[bool]:
+    """Returns which jobs a worker may have next. Of two trainings of one model the second waits."""
     trained = aliased(Request)
     running = exists().where(trained.status == literal_column("'running'"), trained.model_id == Request.model_id)
-    return or_(Request.kind == "draw", ~running.where(trained.kind == "train"))
+    training = and_(Request.kind == "train", ~running.where(trained.kind == "train"))
+    drawing = Request.kind == "draw"
+    if not alone:
+        drawing = and_(drawing, Request.crashes == 0)
+    return or_(*([drawing] if draws else []), *([training] if trains else []))
 
 
 def _begin(job: Request, worker: str) -> Claim:

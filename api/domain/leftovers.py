@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import anyio.to_thread
 import structlog
@@ -25,14 +26,12 @@ ROWS_AT_ONCE = 500
 async def keep_swept(folder: ModelFolder, database: Database) -> None:
     """Sweeps now and then, until it is cancelled."""
     for number in itertools.count():
-        try:
-            removed = await sweep_trainings(folder, database)
-            if number % VERSIONS_EVERY == 0:
-                removed += await sweep_versions(folder, database)
-            if removed:
-                log.info("swept", folders=removed)
-        except SitterError as error:
-            log.warning(error.code, reason=error.detail)
+        for sweep, every in ((sweep_trainings, 1), (sweep_versions, VERSIONS_EVERY)):
+            try:
+                if number % every == 0 and (removed := await sweep(folder, database)):
+                    log.info("swept", folders=removed)
+            except SitterError as error:
+                log.warning(error.code, reason=error.detail)
         await asyncio.sleep(SWEEP_SECONDS)
 
 
@@ -46,13 +45,14 @@ async def sweep_trainings(folder: ModelFolder, database: Database, seconds: floa
         async with database.reading() as session:
             asked = select(Request.id, Request.status, Request.parameters).where(Request.id.in_(some))
             jobs = {job_id: (status, parameters) for job_id, status, parameters in await session.execute(asked)}
-            models = {parameters["model"] for _, parameters in jobs.values() if parameters["keep_pictures"]}
-            agreed = set(await session.scalars(select(Model.id).where(Model.id.in_(models), _agreed())))
+            consents = {parameters["consent"] for _, parameters in jobs.values() if parameters["keep_pictures"]}
+            unrevoked = select(Consent.id).where(Consent.id.in_(consents), Consent.revoked_at.is_(None))
+            agreed = set(await session.scalars(unrevoked))
         for job_id, age in some.items():
             status, parameters = jobs.get(job_id, (None, {}))
             if status in ENDED or (status is None and age > seconds):
-                keep = status == "succeeded" and parameters["keep_pictures"] and parameters["model"] in agreed
-                removed += await anyio.to_thread.run_sync(folder.end_training, job_id, keep)
+                keep = status == "succeeded" and parameters["keep_pictures"] and parameters["consent"] in agreed
+                removed += await _removed(folder.end_training, job_id, keep)
     return removed
 
 
@@ -65,8 +65,17 @@ async def sweep_versions(folder: ModelFolder, database: Database, seconds: float
             known = {row[0]: row[1] for row in await session.execute(rows.where(ModelVersion.id.in_(some)))}
         for version_id, age in some.items():
             if not known.get(version_id, age <= seconds):
-                removed += await anyio.to_thread.run_sync(folder.delete, version_id)
+                removed += await _removed(folder.delete, version_id)
     return removed
+
+
+async def _removed(remove: Callable[..., bool], *what: Any) -> bool:
+    """Removes a folder; one that stays does not keep the others from going."""
+    try:
+        return await anyio.to_thread.run_sync(remove, *what)
+    except SitterError as error:
+        log.warning("file_left_over", name=what[0], reason=error.detail)
+        return False
 
 
 def _batches(ages: dict[str, float]) -> Iterator[dict[str, float]]:

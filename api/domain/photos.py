@@ -25,6 +25,7 @@ MOST_PIXELS = 13_000_000  # that are decoded at once: those of a phone, in 52 MB
 JPEG_SCALES = (8, 4, 2, 1)  # at which a JPEG may be decoded, one part of
 JPEGS = {"JPEG", "MPO"}  # the second has further pictures behind the first, as phones add them
 LEAST_SIDE = 256  # pixels
+LONGEST = 2  # times the shorter side that is kept of the longer one
 KEPT_SIDE = 1024  # pixels of the shorter side: no base learns from more
 SHARP = 6.0  # the spread of second derivatives, in levels, at SHARP_SIDE; less is a blur
 SHARP_SIDE = 256
@@ -178,6 +179,10 @@ def _decode(content: bytes) -> Image.Image | str:
         image = opened.convert("RGB")
     if turned is not None:
         image = image.transpose(turned)
+    width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):  # a square of it is learned
+        middle = (LONGEST * min(width, height), height) if width > height else (width, LONGEST * min(width, height))
+        image = ImageOps.fit(image, middle, centering=(0.5, 0.35))
     return Image.frombytes("RGB", image.size, image.tobytes())  # nothing but pixels
 
 

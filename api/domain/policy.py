@@ -23,10 +23,11 @@ class ConsentMissing(Forbidden):
     hint = "Ask them, and train it anew with their consent."
 
 
-def consented() -> ColumnElement[bool]:
-    """Returns whether a consent in force is there for a row of `models`."""
+def consented(consent_id: str | None = None) -> ColumnElement[bool]:
+    """Returns whether a consent in force is there for a row of `models`; this very one, if it is named."""
     lasts = or_(Consent.expires_at.is_(None), Consent.expires_at > now())
-    return exists().where(Consent.model_id == Model.id, Consent.revoked_at.is_(None), lasts)
+    found = exists().where(Consent.model_id == Model.id, Consent.revoked_at.is_(None), lasts)
+    return found if consent_id is None else found.where(Consent.id == consent_id)
 
 
 def granted(model: Model, by: str, days: int | None, hashes: Sequence[str]) -> Consent:

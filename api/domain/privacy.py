@@ -167,7 +167,7 @@ async def _file(path: Path, archive: ZipFile, pipe: _Pipe, name: str, made: date
     except FileNotFoundError:
         return  # its record says so
     async with file:
-        with archive.open(_entry(name, made, ZIP_STORED), "w") as entry:
+        with archive.open(_entry(name, made, ZIP_STORED), "w", force_zip64=True) as entry:
             while data := await file.read(BYTES_AT_ONCE):
                 entry.write(data)
                 yield pipe.take()

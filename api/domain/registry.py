@@ -6,7 +6,7 @@ from pathlib import Path
 
 import anyio.to_thread
 import structlog
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -80,7 +80,7 @@ async def rename(registry: Registry, caller: Caller, model_id: str, name: str) -
     """
     try:
         async with registry.database.transaction() as session:
-            model = await _get(session, caller, model_id)
+            model = await _get(session, caller, model_id, held=True)
             model.name = name
             await session.flush()
             return (await _described(session, [model]))[0]
@@ -96,10 +96,9 @@ async def publish(registry: Registry, caller: Caller, model_id: str, number: int
         ConsentMissing: whoever it shows does not agree to it any more.
     """
     async with registry.database.transaction() as session:
-        model = await _get(session, caller, model_id)
+        model = await _get(session, caller, model_id, held=True)
         version = await _numbered(session, model, number)
-        if not await session.scalar(select(consented()).where(tables.Model.id == model.id)):
-            raise ConsentMissing(f"whoever {model.name} shows does not agree to it any more")
+        await _require_consent(session, model)
         model.published_id, model.published_at = version.id, now()
         await audit.append(session, caller.name, "model.published", f"model:{model.id}", version=number)
         return (await _described(session, [model]))[0]
@@ -112,9 +111,11 @@ async def file_of(
 
     Raises:
         NotFound: there is no such file that the caller may see, or no version is published.
+        ConsentMissing: whoever it shows does not agree to it any more.
     """
     async with registry.database.reading() as session:
         model = await _get(session, caller, model_id)
+        await _require_consent(session, model)
         if number is None:
             published = await session.get(ModelVersion, model.published_id or "")
             if published is None:
@@ -149,12 +150,13 @@ async def revoke(registry: Registry, caller: Caller, model_id: str) -> Model:
 
     Raises:
         NotFound: there is none that the caller may see.
-        StorageUnavailable: it is out of use, and a file cannot be removed; `sweep` does it later.
     """
     async with registry.database.transaction() as session:
         model, gone = await _out_of_use(session, caller, model_id)
         model.published_id = model.published_at = None
-        await audit.append(session, caller.name, REVOKED, f"model:{model.id}", versions=gone.versions)
+        await session.execute(delete(ModelVersion).where(ModelVersion.model_id == model.id))
+        said = {"versions": gone.versions, "sha256": gone.sha256}
+        await audit.append(session, caller.name, REVOKED, f"model:{model.id}", **said)
         described = (await _described(session, [model]))[0]
     await forget(registry, gone)
     return described
@@ -202,10 +204,10 @@ async def forget(registry: Registry, gone: Gone) -> None:
 
 
 def _delete_files(folder: ModelFolder, gone: Gone) -> None:
-    for delete, names in ((folder.delete, gone.versions), (folder.end_training, gone.trainings)):
+    for remove, names in ((folder.delete, gone.versions), (folder.end_training, gone.trainings)):
         for name in names:
             try:
-                delete(name)
+                remove(name)
             except SitterError as error:
                 log.warning("file_left_over", name=name, reason=error.detail)
 
@@ -213,7 +215,7 @@ def _delete_files(folder: ModelFolder, gone: Gone) -> None:
 async def _out_of_use(session: AsyncSession, caller: Caller, model_id: str) -> tuple[tables.Model, Gone]:
     """Holds a model, ends its consents and its jobs; returns it and what goes with it."""
     user_id = (await _get(session, caller, model_id)).user_id
-    await session.execute(select(User.id).where(User.id == user_id).with_for_update())
+    await session.execute(select(User.id).where(User.id == user_id).with_for_update(key_share=True))
     session.expire_all()  # somebody else may have erased it before we held the user
     model = await _get(session, caller, model_id)
     gone = await gone_with(session, [model.id])
@@ -226,16 +228,24 @@ async def _out_of_use(session: AsyncSession, caller: Caller, model_id: str) -> t
         if job_id in gone.trainings or {version_id for version_id, _ in drawn or ()} & set(gone.versions)
     ]
     ended, asked = await jobs.cancel_some(session, model.user_id, mine)
+    gone = await gone_with(session, [model.id])  # again: one may have added a version before it was held
+    forgotten = update(Request).where(Request.id.in_(gone.trainings))
+    await session.execute(forgotten.values(description="", training=None, body_hash=""))
     in_force = update(Consent).where(Consent.model_id == model.id, Consent.revoked_at.is_(None))
     await session.execute(in_force.values(revoked_at=now()))
     return model, Gone(gone.versions, gone.sha256, gone.trainings, [*ended, *asked])
 
 
-async def _get(session: AsyncSession, caller: Caller, model_id: str) -> tables.Model:
-    model = await session.get(tables.Model, model_id)
+async def _get(session: AsyncSession, caller: Caller, model_id: str, *, held: bool = False) -> tables.Model:
+    model = await session.get(tables.Model, model_id, with_for_update=held)
     if model is None or not caller.may_see(model.user_id):
         raise NotFound("there is no such model")
     return model
+
+
+async def _require_consent(session: AsyncSession, model: tables.Model) -> None:
+    if not await session.scalar(select(consented()).where(tables.Model.id == model.id)):
+        raise ConsentMissing(f"whoever {model.name} shows does not agree to it any more")
 
 
 async def _numbered(session: AsyncSession, model: tables.Model, number: int) -> ModelVersion:

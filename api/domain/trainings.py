@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
+import structlog
 from anyio import CapacityLimiter
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,7 +20,17 @@ from api.domain.models import TOKEN, next_number, open_model, own_models
 from api.domain.photos import Photo
 from api.domain.policy import ConsentMissing, consented, granted
 from api.engine.lesson import Lesson
-from api.errors import Busy, Cancelled, DatabaseUnavailable, KeyReused, NotAuthenticated, NotFound
+from api.errors import (
+    Busy,
+    Cancelled,
+    DatabaseUnavailable,
+    KeyReused,
+    LimitReached,
+    NotAuthenticated,
+    NotFound,
+    OutOfMemory,
+    SitterError,
+)
 from api.store.database import Database
 from api.store.models import WEIGHTS, ModelFolder, sha256
 from api.store.tables import Model, ModelVersion, Queue, Request, Usage, User, new_id, now
@@ -30,7 +41,10 @@ if TYPE_CHECKING:
 
     from api.engine.dreambooth import Report
 
+log = structlog.get_logger()
+
 PREVIEW_SIDE = 256  # pixels
+LEARNED = ("steps", "rank", "seed", "flip", "resolution", "train_text_encoder", "prior_preservation")  # of a lesson
 CURVE_POINTS = 100  # of the loss that are kept
 Tell = Callable[[Progress], None]
 Check = Callable[[], None]
@@ -53,13 +67,16 @@ class TrainingOrder:
     rank: int | None = None
     seed: int = 0
     flip: bool = False
+    resolution: int | None = None
+    train_text_encoder: bool = False
+    prior_preservation: bool = True
     keep_pictures: bool = False
     webhook_url: str | None = None
     idempotency_key: str | None = None
 
     def parameters(self) -> dict[str, Any]:
         """Returns what the job has to know."""
-        asked = {name: getattr(self, name) for name in ("class_noun", "steps", "rank", "seed", "flip", "keep_pictures")}
+        asked = {name: getattr(self, name) for name in ("class_noun", "keep_pictures", *LEARNED)}
         return {**asked, "source": self.source.model_dump(exclude_defaults=True)}
 
 
@@ -86,7 +103,7 @@ async def submit(
             job = await _accept(session, settings, vault, order, job_id)
     except DatabaseUnavailable:
         raise  # it may be written all the same; what is not is swept
-    except BaseException:
+    except SitterError:
         await anyio.to_thread.run_sync(folder.end_training, job_id)
         raise
     if job.id != job_id:  # its key made it before
@@ -117,14 +134,17 @@ async def _accept(
         raise Busy(f"{queued} jobs are waiting already")
     used = await quota.used(session, [user.id])
     quota.check(user, used[user.id], settings, images=0, steps=0)
+    await _require_place(session, settings, user.id)
     model = await open_model(session, user.id, order.name, order.class_noun)
     consent = granted(model, order.granted_by, order.consent_days, photos)
+    session.add(consent)
+    await session.flush()
     job = Request(
         id=job_id,
         user_id=user.id,
         kind="train",
         description=f"{model.name}: {model.token}",
-        parameters=order.parameters() | {"model": model.id},
+        parameters=order.parameters() | {"model": model.id, "consent": consent.id},
         training={"pictures": list(order.verdicts)},
         model_id=f"{user.id}/{model.name}",
         webhook_url=order.webhook_url,
@@ -135,11 +155,20 @@ async def _accept(
         work=0,  # it has a share of the device of its own, and costs nobody's turn
         start_tag=max(await session.scalar(select(Queue.virtual_time)) or 0, user.finish_tag),
     )
-    session.add_all([consent, job])
+    session.add(job)
     await session.flush()
     said = {"statement": consent.statement, "evidence": consent.evidence}
     await audit.append(session, order.granted_by, "consent.granted", f"model:{model.id}", **said)
     return job
+
+
+async def _require_place(session: AsyncSession, settings: Settings, user_id: str) -> None:
+    """Raises LimitReached when the user has as many trainings under way as one may have: each takes minutes."""
+    active = Request.status.in_(["queued", "running"])
+    under_way = select(func.count()).where(Request.user_id == user_id, active, Request.kind == "train")
+    most = settings.limit_trainings
+    if most and (await session.scalar(under_way) or 0) >= most:
+        raise LimitReached(f"{most} trainings of yours wait or run, and no more may", "Send it again once one is done.")
 
 
 async def learn(studio: Studio, claim: Claim, tell: Tell, beat: Beat, check: Check, threads: CapacityLimiter) -> None:
@@ -167,11 +196,15 @@ async def learn(studio: Studio, claim: Claim, tell: Tell, beat: Beat, check: Che
         await beat()
         version = await _add_version(studio, claim, made)
     told.know(version=version.number, scores=version.scores, refusal=version.refusal)
+    await beat()
     if version.refusal is None:
         told.phase("warming")
         await beat()
         ((own, _),) = await own_models(studio.database, studio.folder, claim.job.user_id, [(version.id, 1.0)])
-        await anyio.to_thread.run_sync(studio.models.warm_up, own, limiter=threads)
+        try:
+            await anyio.to_thread.run_sync(studio.models.warm_up, own, limiter=threads)
+        except OutOfMemory as error:  # it loads when it is asked for
+            log.warning(error.code, reason=error.detail)
 
 
 async def publish(database: Database, claim: Claim) -> bool:
@@ -201,8 +234,7 @@ async def publish(database: Database, claim: Claim) -> bool:
         if version.refusal is None:
             model.published_id, model.published_at = version.id, now()
         seconds = version.parameters["seconds"]
-        steps = version.parameters["step"]
-        session.add(Usage(request_id=job.id, user_id=job.user_id, images=0, steps=steps, work=0, seconds=seconds))
+        session.add(Usage(request_id=job.id, user_id=job.user_id, images=0, steps=0, work=0, seconds=seconds))
     return True
 
 
@@ -215,7 +247,8 @@ async def _version_of(database: Database, job: Request) -> ModelVersion | None:
 
 async def _model_of(session: AsyncSession, job: Request) -> Model:
     """Returns the model that a training is for, held. Raises ConsentMissing when nobody agrees to it any more."""
-    agreed = select(Model).where(Model.user_id == job.user_id, Model.id == job.parameters["model"], consented())
+    asked = job.parameters
+    agreed = select(Model).where(Model.user_id == job.user_id, Model.id == asked["model"], consented(asked["consent"]))
     model = await session.scalar(agreed.with_for_update())
     if model is None:
         raise ConsentMissing("whoever is in the pictures does not agree to it any more")
@@ -250,7 +283,7 @@ async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVers
             session.add(version)
     except DatabaseUnavailable:
         raise  # as above
-    except BaseException:
+    except SitterError:
         await anyio.to_thread.run_sync(studio.folder.delete, version_id)
         raise
     return version
@@ -274,10 +307,7 @@ def _learn(studio: Studio, job: Request, told: "_Told", check: Check) -> _Made:
         studio.folder.photos_of(job.id),
         asked["class_noun"],
         TOKEN,
-        steps=asked["steps"],
-        rank=asked["rank"],
-        seed=asked["seed"],
-        flip=asked["flip"],
+        **{name: asked[name] for name in LEARNED if name in asked},
     )
     base = ModelSource.model_validate(asked["source"])
     trained = studio.models.train(base, lesson, studio.folder.work_of(job.id), told.report, check)

@@ -1,5 +1,6 @@
 """Models that users send: put on the disk, checked in a process of their own, and only then a version."""
 
+import errno
 import hashlib
 import re
 import shutil
@@ -7,28 +8,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import anyio.to_thread
 from anyio import CapacityLimiter
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.config import ModelSource, Settings
+from api.config import ModelSource, Settings, locate
 from api.domain import audit, quota
 from api.domain.archives import open_archive
 from api.domain.models import next_number, open_model
 from api.domain.policy import granted
 from api.engine.checkup import Checked, check_upload
-from api.errors import DatabaseUnavailable, InvalidRequest, LimitReached, NotAuthenticated, NotFound
+from api.errors import DatabaseUnavailable, InvalidRequest, LimitReached, NotAuthenticated, NotFound, SitterError
 from api.model_service import ModelService
 from api.store.database import Database
 from api.store.models import CHECKPOINT, INDEX, WEIGHTS, ModelFolder, told
 from api.store.tables import Model, ModelVersion, User, new_id, now
 
 MOST_BYTES = 8_000_000_000  # of one upload
+PEFT_WEIGHTS = "adapter_model.safetensors"
 COPIED_AT_ONCE = 1_000_000
 INSIDE = re.compile(r"([A-Za-z0-9][\w-]*/)?[A-Za-z0-9][\w.-]*")  # a file of a model's folder, by its name in there
+NAMES = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}  # what is wrong with a file is its name
 _checks = CapacityLimiter(1)  # each takes a process and half a gigabyte
 Place = Callable[[Path], None]
 
@@ -86,7 +89,7 @@ async def receive(
             is_new = await _add(session, model, order, version_id, checked, files, base_hash)
     except DatabaseUnavailable:
         raise  # it may be written all the same; what is not is swept
-    except BaseException:
+    except SitterError:
         await anyio.to_thread.run_sync(folder.delete, version_id)
         raise
     if not is_new:
@@ -119,13 +122,18 @@ def unpacked(sent: IO[bytes]) -> Place:
                 name = entry.filename.partition("/")[2] if around else entry.filename
                 if not INSIDE.fullmatch(name):
                     raise InvalidRequest("the archive holds a file that no model has", "Pack the model's folder alone.")
-                (part / name).parent.mkdir(exist_ok=True)
-                left -= _unpack(archive, entry.filename, part / name, left)
+                try:
+                    (part / name).parent.mkdir(exist_ok=True)
+                    left -= _unpack(archive, entry, part / name, left)
+                except OSError as error:
+                    if error.errno not in NAMES:
+                        raise
+                    raise InvalidRequest("the archive holds two files of one name, or one too long") from error
 
     return place
 
 
-def _unpack(archive: ZipFile, name: str, file: Path, most: int) -> int:
+def _unpack(archive: ZipFile, name: ZipInfo, file: Path, most: int) -> int:
     """Writes one file, and returns its bytes. Raises InvalidRequest when there are more than `most`."""
     written = 0
     with archive.open(name) as packed, file.open("xb") as out:
@@ -148,7 +156,13 @@ def _checked(part: Path, source: ModelSource) -> Checked:
     is_folder = (part / INDEX).exists() or not one.exists() or len(list(part.iterdir())) > 1
     checked = check_upload(part if is_folder else one, source)
     if checked.kind == "full" and not is_folder:
+        if not locate(source.config or source.base).is_dir():
+            raise InvalidRequest(
+                "over this base a checkpoint lacks its configuration", "Send the folder of the model as an archive."
+            )
         one.rename(part / CHECKPOINT)
+    if (peft := part / PEFT_WEIGHTS).exists():
+        peft.rename(one)
     return checked
 
 

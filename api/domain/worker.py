@@ -183,20 +183,20 @@ class Worker:
     async def _claim_forever(self, slots: int) -> None:
         while not self.draining:
             async with self._claiming:
-                wanted = 0 if self._has_suspect() else slots - len(self._running)
-                claims = await self._claim(wanted) if wanted else []
+                wanted = 0 if self._has_suspect() else slots - self._drawings()
+                claims = await self._claim(wanted) if not self._has_suspect() else []
                 for claim in claims:
                     # A task of its own: it outlives the end of this loop, see `stop`.
                     task = asyncio.create_task(self._draw(claim))
                     self._running.add(task)
                     task.add_done_callback(self._running.discard)
-            if len(claims) < wanted:
+            if sum(claim.job.kind == "draw" for claim in claims) < wanted:
                 await self._wake.wait(Wake.QUEUE, POLL_SECONDS)
             elif self._running:
                 await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
 
     async def _claim(self, most: int) -> list[Claim]:
-        if self.draining or time.monotonic() < self._paused_until:
+        if self.draining or not (most or self._may_train()) or time.monotonic() < self._paused_until:
             return []
         settings = self._settings
         with _going_on():
@@ -208,10 +208,18 @@ class Worker:
                 settings.warm_first_seconds,
                 settings.limit_running,
                 most,
-                idle=all(job.is_training and not job.claim.job.crashes for job in self._in_hand.values()),
-                trains=not any(job.is_training for job in self._in_hand.values()),
+                idle=not self._drawings(),
+                alone=not any(job.is_training and job.claim.job.crashes for job in self._in_hand.values()),
+                trains=self._may_train(),
             )
         return []
+
+    def _drawings(self) -> int:
+        return len(self._running) - sum(job.is_training for job in self._in_hand.values())
+
+    def _may_train(self) -> bool:
+        """Whether it may take a training: one at a time, beside the drawings that it has places for."""
+        return not any(job.is_training for job in self._in_hand.values())
 
     def _has_suspect(self) -> bool:
         """Whether it draws a job that a worker died of; others shall not die with it."""
@@ -278,7 +286,7 @@ class Worker:
                 if ended:
                     self._metrics.job_ended("cancelled")
                 return ended
-            case ShuttingDown():
+            case ShuttingDown() | DatabaseUnavailable():
                 return await jobs.release(self._database, claim)
             case DeviceLost():
                 self.drain()  # the process is about to end

@@ -181,6 +181,8 @@ class Shelf:
             loras.append((ModelSource(base=source.base, config=source.config, lora=fast.lora), 1.0, None))
         for one, _, whose in loras:
             held.append(self._held(one, leases, partial(self._lease_adapter, one, base, whose)))
+        for own in (source, *(rider for rider, _ in riders)):
+            self._require_allowed(own, owner)  # again: it may have been revoked while it loaded
         parts = [(lease.value, weight) for lease, (_, weight, _) in zip(held[1:], loras, strict=True)]
         adapter = parts[0][0] if parts else None
         if is_fast or len(parts) > 1 or any(weight != 1.0 for _, weight in parts):
@@ -196,6 +198,7 @@ class Shelf:
         if isinstance(source, OwnModel):
             source.require_owner(owner)
             if source.version_id in self._revoked:
+                self.cache.drop(source)
                 raise ModelUnavailable(f"{source.model_id} may not be drawn with any more", CONSENT_HINT)
 
     def _held(self, model: Hashable, leases: ExitStack, lease: "Callable[[], Lease[Any]]") -> "Lease[Any]":

@@ -1,18 +1,45 @@
 """Forms with files, read by hand once it is known who sends them; FastAPI would read them first."""
 
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from api.config import DEFAULT_USER, ModelSource, Settings
-from api.errors import InvalidRequest
+from api.errors import InvalidRequest, StorageFull, StorageUnavailable
 
 Fields = TypeVar("Fields", bound=BaseModel)
 FILE = {"type": "string", "format": "binary"}
 MOST_FIELDS = 32
 FIELD_BYTES = 10_000
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@asynccontextmanager
+async def opened(http: Request, files: int) -> AsyncIterator[FormData]:
+    """Reads a form inside the block, its files onto the disk where temporary ones lie.
+
+    Raises:
+        InvalidRequest: it cannot be read.
+        StorageFull, StorageUnavailable: that disk has no room.
+    """
+    try:
+        form = await http.form(max_files=files, max_fields=MOST_FIELDS, max_part_size=FIELD_BYTES)
+    except UnicodeError as error:
+        raise InvalidRequest("the form cannot be read: its charset is not known") from error
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise StorageFull("the disk for what is sent is full") from error
+        raise StorageUnavailable(f"what is sent cannot be kept meanwhile: {error.strerror}") from error
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def document(fields: type[BaseModel], **files: dict[str, Any]) -> dict[str, Any]:
@@ -41,15 +68,20 @@ def uploads(form: FormData, name: str) -> list[UploadFile]:
     return files
 
 
-def base_named(settings: Settings, name: str | None) -> ModelSource:
-    """Returns a base that the operator configured, that of `default` if none is named.
+def base_named(settings: Settings, name: str | None, user_id: str) -> ModelSource:
+    """Returns a configured base that is everybody's or this user's, that of `default` if none is named.
 
     Raises:
         InvalidRequest: there is no such base.
     """
     if name is None:
         return settings.source_for(DEFAULT_USER).without_lora().itself()
-    configured = {source.base: source.without_lora().itself() for source in settings.user_models.values()}
+    owners = settings.owners()  # a whole model that is one user's alone is no base for others
+    configured = {
+        source.base: source.without_lora().itself()
+        for source in settings.user_models.values()
+        if owners.get(source.base, user_id) == user_id
+    }
     if name not in configured:
         raise InvalidRequest(f"there is no base {name}", f"There are {', '.join(sorted(configured))}.")
     return configured[name]

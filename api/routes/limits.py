@@ -27,7 +27,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         if scope["method"] == "POST" and (most := UPLOADS.get(scope["path"])):
-            return await self._app(scope, _Upload(receive, most), send)
+            return await self._app(scope, _Upload(receive, most, _declared(scope)), send)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._read(scope, receive)
@@ -51,9 +51,8 @@ class BodyLimit:
         Raises:
             BodyTooLarge: it is, or says it is, over the limit.
         """
-        declared = dict(scope["headers"]).get(b"content-length", b"")
         too_large = BodyTooLarge(f"the body is over {self._most:,} bytes")
-        if declared.isdigit() and int(declared) > self._most:
+        if _declared(scope) > self._most:
             raise too_large
         body = b""
         more = True
@@ -71,14 +70,17 @@ class BodyLimit:
 class _Upload:
     """Hands on the pieces of a large body, as long as they come fast enough and are not too many."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    def __init__(self, receive: Receive, most: int, declared: int) -> None:
         self._receive = receive
         self._most = most
+        self._declared = declared
         self._bytes = 0
         self._began = time.monotonic()
 
     async def __call__(self) -> Message:
         """Returns the next piece. Raises BodyTooLarge, BodyTooSlow."""
+        if self._declared > self._most:
+            raise self._too_large()
         late = self._began + BODY_SECONDS + self._bytes / BYTES_PER_SECOND - time.monotonic()
         try:
             async with asyncio.timeout(late):
@@ -87,8 +89,17 @@ class _Upload:
             raise BodyTooSlow("the upload comes too slowly") from error
         self._bytes += len(message.get("body", b""))
         if self._bytes > self._most:
-            raise BodyTooLarge(f"the body is over {self._most:,} bytes", "Send fewer or smaller pictures.")
+            raise self._too_large()
         return message
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is over {self._most:,} bytes", "Send fewer or smaller files.")
+
+
+def _declared(scope: Scope) -> int:
+    """Returns how long the body is said to be, in bytes; 0 where nothing is said."""
+    declared = dict(scope["headers"]).get(b"content-length", b"")
+    return int(declared) if declared.isdigit() else 0
 
 
 async def _refuse(error: SitterError, scope: Scope, receive: Receive, send: Send) -> None:

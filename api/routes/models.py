@@ -21,7 +21,7 @@ router = APIRouter(prefix="/models", tags=["Models"])
 
 ModelId = Annotated[Id, Path(description="Names the model.", examples=["019a9f3c2d10b1946ac93f21d07e"])]
 Number = Annotated[int, Path(description="Of the version.", ge=1, le=2**31 - 1, examples=[1])]
-CACHE = "private, max-age=31536000, immutable"  # a version never changes
+CACHE = "private, no-cache"  # a version never changes, but it may be taken back
 FILE, ARCHIVE = "file", "archive"
 SENT = {
     FILE: {
@@ -53,13 +53,14 @@ async def list_models(
 )
 async def add_model(http: Request, service: ServiceDep, caller: CallerDep, response: Response) -> Model:
     """Takes a model that was trained elsewhere: checked first, it draws from then on, as the newest version."""
-    async with http.form(max_files=1, max_fields=forms.MOST_FIELDS, max_part_size=forms.FIELD_BYTES) as form:
+    async with forms.opened(http, 8) as form:
         request = forms.read(form, UploadRequest, FILE, ARCHIVE)
+        user_id = caller.acts_for(request.user_id)
         order = UploadOrder(
-            caller.acts_for(request.user_id),
+            user_id,
             request.name,
             request.class_noun,
-            forms.base_named(service.settings, request.base),
+            forms.base_named(service.settings, request.base, user_id),
             caller.name,
             request.consent_days,
         )

@@ -48,7 +48,7 @@ async def make_training(
     http: Request, service: ServiceDep, caller: CallerDep, response: Response, idempotency_key: IdempotencyKey = None
 ) -> Job:
     """Accepts a training: a job that is followed as every other, and ends with a version that draws."""
-    async with http.form(max_files=MOST_FILES, max_fields=forms.MOST_FIELDS, max_part_size=forms.FIELD_BYTES) as form:
+    async with forms.opened(http, MOST_FILES) as form:
         request = forms.read(form, TrainingRequest, PICTURES, ARCHIVE)
         user_id = caller.acts_for(request.user_id)
         if request.webhook_url is not None:
@@ -62,10 +62,10 @@ async def make_training(
         request.class_noun,
         chosen.photos,
         _verdicts(chosen),
-        forms.base_named(service.settings, request.base),
+        forms.base_named(service.settings, request.base, user_id),
         caller.name,
         idempotency_key=idempotency_key,
-        **request.model_dump(include={"consent_days", "steps", "rank", "seed", "flip", "keep_pictures", "webhook_url"}),
+        **request.model_dump(exclude={"name", "class_noun", "consent", "user_id", "base"}),
     )
     job = await trainings.submit(service.settings, service.database, service.vault, service.folder, order)
     service.wake.wake(Wake.QUEUE)

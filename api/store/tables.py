@@ -222,7 +222,7 @@ class ModelVersion(Table):
     id: Mapped[str] = mapped_column(ID, primary_key=True, default=new_id)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
     number: Mapped[int]  # 1 for the first of its model
-    kind: Mapped[str] = mapped_column(String(10))  # "lora"
+    kind: Mapped[str] = mapped_column(String(10))  # "lora", or "full": a whole model
     source: Mapped[dict[str, Any]]  # of its base, as USER_MODELS would say it
     base_hash: Mapped[str] = mapped_column(String(64))
     sha256: Mapped[str] = mapped_column(String(64))  # of its weights

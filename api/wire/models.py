@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from api.config import USER_ID, UserId
+from api.config import DEFAULT_USER, USER_ID, UserId
 from api.wire.text import Text
 
 PROTECTED: Any = ()  # pydantic would keep names that begin with model_ for itself
@@ -20,7 +20,13 @@ def _agreed(said: bool) -> bool:
     return said
 
 
-Name = Annotated[str, Field(pattern=f"^{USER_ID}$", max_length=64)]
+def _not_the_configured_one(name: str) -> str:
+    if name == DEFAULT_USER:
+        raise ValueError(f"{DEFAULT_USER} names the configured model")
+    return name
+
+
+Name = Annotated[str, Field(pattern=f"^{USER_ID}$", max_length=64), AfterValidator(_not_the_configured_one)]
 
 
 class ConsentRecord(BaseModel):
@@ -63,11 +69,11 @@ class ModelList(BaseModel):
 
 
 class Version(BaseModel):
-    """What one training made; it never changes."""
+    """What one training or upload made; it never changes."""
 
     version: int = Field(description="1 is the first of its model.", examples=[1])
     published: bool = Field(description="Whether it is the one that draws.", examples=[True])
-    kind: str = Field(description="`lora`.", examples=["lora"])
+    kind: str = Field(description="`lora`, or `full`: a whole model.", examples=["lora"])
     base: str = Field(description="The base that it is over.", examples=["models/demo"])
     base_hash: str = Field(description="Tells that base from every other.", examples=["9c0e…"])
     sha256: str = Field(description="Of its weights.", examples=["51ab…"])
@@ -130,6 +136,14 @@ class TrainingRequest(UploadRequest):
     rank: int | None = Field(default=None, ge=1, le=MOST_RANK, description="Of the LoRA; 16.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="The same seed trains the same model.")
     flip: bool = Field(default=False, description="Learn from mirror images, too.")
+    resolution: int | None = Field(
+        default=None, ge=256, le=1024, description="Pixels of the square that is learned; as the base was trained."
+    )
+    train_text_encoder: bool = Field(default=False, description="Let the words learn, too: closer, and slower.")
+    prior_preservation: bool = Field(
+        default=True,
+        description="Learn from the base's own pictures of the class, too: it stays as it is.",
+    )
     keep_pictures: bool = Field(default=False, description="Keep the pictures after the training.")
     webhook_url: Text | None = Field(default=None, max_length=2000, description="Where to tell of the end.")
 

@@ -1,6 +1,7 @@
 """A training from its photos to a model that draws, and all that ends it earlier."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -15,6 +16,7 @@ from api.domain import jobs, leftovers, registry, trainings
 from api.domain.accounts import ALL_SCOPES, Caller
 from api.domain.crashes import crashed
 from api.domain.generate import Studio
+from api.domain.models import own_models
 from api.domain.photos import choose
 from api.domain.policy import ConsentMissing
 from api.domain.registry import Registry
@@ -25,14 +27,23 @@ from api.domain.worker import BEAT, Worker
 from api.engine import dreambooth
 from api.engine.dreambooth import SAMPLES, SCENES
 from api.engine.trainer import Trainer
-from api.errors import InvalidRequest, KeyReused, LimitReached, StorageFull
+from api.errors import (
+    DatabaseUnavailable,
+    InvalidRequest,
+    KeyReused,
+    LimitReached,
+    ModelUnavailable,
+    NotFound,
+    StorageFull,
+)
 from api.store.database import Database
 from api.store.models import WEIGHTS, ModelFolder, sha256
 from api.store.tables import Consent, Image, Model, ModelVersion, Request, User, now
 from api.store.vault import Vault
 from tests import builders
 from tests.domain.test_photos import picture, stored
-from tests.jobs import look, take, taken
+from tests.jobs import enqueue, look, take, taken
+from tests.own import add_model
 from tests.people import audited
 
 pytestmark = pytest.mark.anyio
@@ -81,8 +92,8 @@ def own(settings: Settings, database: Database, studio: Studio, wake: Wake) -> R
 
 
 @asynccontextmanager
-async def working(worker: Worker) -> AsyncIterator[None]:
-    task = asyncio.create_task(worker.run(2))
+async def working(worker: Worker, slots: int = 2) -> AsyncIterator[None]:
+    task = asyncio.create_task(worker.run(slots))
     try:
         yield
     finally:
@@ -176,15 +187,20 @@ async def test_what_is_refused_leaves_nothing(
     assert len(folder.trainings()) == await count(database, Request) == 1
 
 
-async def test_a_users_queue_is_as_long_for_trainings(
-    settings: Settings, submit: Submit, database: Database, vault: Vault, folder: ModelFolder
-) -> None:
-    for number in range(settings.limit_queued):
-        await submit(name=f"eve{number}") if number < 2 else None
+async def test_a_users_queue_is_as_long_for_trainings(settings: Settings, submit: Submit, database: Database) -> None:
+    for number in range(2):
+        await submit(name=f"eve{number}")
     async with database.transaction() as session:
         (await session.get_one(User, "eve")).limits = {"queued": 2}
-    with pytest.raises(LimitReached):
+    with pytest.raises(LimitReached, match="queued"):
         await submit(name="more")
+    async with database.transaction() as session:
+        (await session.get_one(User, "eve")).limits = {}
+    for number in range(2, settings.limit_trainings):
+        await submit(name=f"eve{number}")
+    with pytest.raises(LimitReached, match="trainings"):
+        await submit(name="more")
+    await submit(user_id="bo")
 
 
 async def test_of_two_trainings_of_a_model_the_second_waits(submit: Submit, database: Database) -> None:
@@ -209,6 +225,71 @@ async def test_a_worker_trains_one_at_a_time_and_draws_meanwhile(
         await until(database, wake, first.id, "cancelled")
         await until(database, wake, second.id, "succeeded")
     assert await count(database, ModelVersion) == 1
+
+
+async def test_a_worker_of_one_place_draws_while_it_trains(
+    submit: Submit, desk: Desk, make_worker: Callable[..., Worker], database: Database, wake: Wake
+) -> None:
+    async with working(make_worker(), slots=1):
+        training = await submit(steps=LONG)
+        await until(database, wake, training.id, "running", step=1)
+        drawing = await desk.submit(Order(builders.request(user_id="bo"), "bo"))
+        await until(database, wake, drawing.id, "succeeded")
+        assert (await look(database, training.id)).status == "running"
+        await jobs.cancel(database, training.id)
+
+
+async def test_beside_a_training_that_killed_its_worker_others_are_drawn(submit: Submit, database: Database) -> None:
+    suspect, other = await enqueue(database, "bo", crashes=1), await enqueue(database, "chi")
+    training = await submit()
+    async with database.transaction() as session:
+        (await session.get_one(Request, training.id)).crashes = 1
+    claims = await jobs.claim(database, "worker", (), 0, 0, 0)
+    assert [claim.job.id for claim in claims] == [training.id]
+    claims = await jobs.claim(database, "worker", (), 0, 0, 8, trains=False, alone=False)
+    assert [claim.job.id for claim in claims] == [other]
+    claims = await jobs.claim(database, "worker", (), 0, 0, 8, trains=False, idle=True)
+    assert [claim.job.id for claim in claims] == [suspect]
+
+
+async def test_a_database_that_is_away_for_a_moment_ends_no_training(
+    submit: Submit,
+    make_worker: Callable[..., Worker],
+    database: Database,
+    wake: Wake,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add, tries = trainings._add_version, list[int]()
+
+    async def once_away(*given: Any) -> ModelVersion:
+        tries.append(1)
+        if len(tries) == 1:
+            raise DatabaseUnavailable("it is away")
+        return await add(*given)
+
+    monkeypatch.setattr(trainings, "_add_version", once_away)
+    async with working(make_worker()):
+        await until(database, wake, (await submit()).id, "succeeded", "failed")
+    assert len(tries) == 2
+    assert await count(database, ModelVersion) == 1
+
+
+async def test_what_was_revoked_does_not_come_back_with_the_next_consent(
+    submit: Submit, own: Registry, desk: Desk, database: Database
+) -> None:
+    model, version = await add_model(database, own.folder, "eve", "eve")
+    lost = own.folder.file_of(version.id, WEIGHTS).parent
+    kept = lost.with_name("kept")
+    shutil.copytree(lost, kept)
+    await registry.revoke(own, EVE, model.id)
+    kept.rename(lost)  # as if it could not be removed
+    await submit()
+    with pytest.raises(NotFound):
+        await registry.publish(own, EVE, model.id, 1)
+    with pytest.raises(ModelUnavailable):
+        await own_models(database, own.folder, "eve", [(version.id, 1.0)])
+    assert (await desk.submit(Order(builders.request(user_id="eve"), "eve"))).versions is None
+    assert await leftovers.sweep_versions(own.folder, database, seconds=0) == 1
 
 
 async def test_a_worker_that_stops_puts_it_back_at_once(
@@ -247,7 +328,7 @@ async def test_who_takes_their_consent_back_is_forgotten(
     await leftovers.sweep_trainings(own.folder, database)
     assert own.folder.versions() == own.folder.trainings() == {}
     assert (await desk.submit(Order(builders.request(user_id="eve"), "eve"))).versions is None
-    assert await count(database, ModelVersion) == (0 if erase else 1)
+    assert await count(database, ModelVersion) == 0
     assert (await audited(database))[-1] == (
         "eve", "model.erased" if erase else "consent.revoked", f"model:{model.id}",
     )  # fmt: skip

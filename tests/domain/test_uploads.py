@@ -90,6 +90,17 @@ async def test_a_whole_model_that_was_sent_draws(
     service.close()
 
 
+async def test_a_folder_as_peft_writes_it_draws(
+    send: Send, database: Database, folder: ModelFolder, models: ModelService, tmp_path: Path
+) -> None:
+    made = builders.peft_lora(tmp_path / "peft", builders.pipeline().unet, ["to_q"])
+    files = {file.name: file.read_bytes() for file in made.iterdir() if file.name != "README.md"}
+    await send(unpacked(archive(**files)))
+    (version,) = await versions(database)
+    own = await own_models(database, folder, "eve", [(version.id, 1.0)])
+    assert models.generate(builders.request(user_id="eve"), own=own).version_hash == version.sha256
+
+
 async def test_the_same_again_is_the_same_version(
     send: Send, lora: bytes, database: Database, folder: ModelFolder
 ) -> None:

@@ -20,6 +20,7 @@ async def app(database_url: str, anyio_backend: str, tmp_path: Path) -> AsyncIte
         output_dir=tmp_path / "output",
         limit_requests_per_minute=0,
         limit_queued=0,
+        limit_trainings=0,
     )
     made = create_app(settings)
     async with made.router.lifespan_context(made):

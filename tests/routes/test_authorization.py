@@ -205,7 +205,8 @@ class House:
         method, _, path = name.partition(" ")
         async with people.client_of(self.app, self.keys[who]) as client:
             headers, door = {"Prefer": "respond-async"}, DOORS[name]
-            sent: dict[str, Any] = {"data": door.form, "files": self.photos} if door.form else {"json": door.body}
+            sent: dict[str, Any] = {"data": door.form} if door.form else {"json": door.body}
+            sent |= {"files": self.photos} if path == "/trainings" else {}
             return await client.request(method, path.format_map(things), headers=headers, **sent)
 
 
