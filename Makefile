@@ -38,8 +38,9 @@ test: $(VENV)/dev.stamp ## run every test, in JOBS=2 processes
 chaos: $(VENV)/dev.stamp ## kill, stop and starve servers and workers for an hour, SCALE=20 times what `make test` does
 	CHAOS_SCALE=$(SCALE) $(BIN)/python -m pytest tests/chaos $(ARGS)
 
-fuzz: $(VENV)/dev.stamp ## send the server far more that its OpenAPI document allows and forbids, SCALE=20 times what `make test` does
-	FUZZ_SCALE=$(SCALE) $(BIN)/python -m pytest tests/e2e/test_openapi_fuzz.py $(ARGS)
+fuzz: $(VENV)/dev.stamp ## send requests, photos and models of all kinds, right and wrong, SCALE=20 times what `make test` does
+	FUZZ_SCALE=$(SCALE) $(BIN)/python -m pytest tests/e2e/test_openapi_fuzz.py tests/domain/test_photos.py \
+		tests/engine/test_uploaded_fuzz.py $(ARGS)
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check

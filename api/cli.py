@@ -1,9 +1,8 @@
-"""`sitter`: serve, generate, worker, models, doctor, and rooms of its own for users, keys, audit and db."""
+"""`sitter`: serve, generate, worker, cache, doctor, and rooms of its own for models, users, keys, audit and db."""
 
 import asyncio
 import os
 import platform
-import signal
 import time
 from contextlib import AsyncExitStack
 from importlib.metadata import version
@@ -16,8 +15,9 @@ from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from api import __version__, cli_delta, cli_train, cli_users, cli_vault, serving
-from api.cli_people import console, errors_for_people, progress, to_people
+from api import __version__, cli_delta, cli_models, cli_train, cli_users, cli_vault, serving
+from api.cli_models import drawn_with
+from api.cli_people import console, errors_for_people, progress, to_people, told_to_end
 from api.config import DEFAULT_USER, Settings, load_settings
 from api.domain.accounts import check_host
 from api.errors import SitterError, StorageUnavailable
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 database = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(database, name="db")
+app.add_typer(cli_models.models, name="models")
 app.add_typer(cli_users.users, name="users")
 app.add_typer(cli_users.keys, name="keys")
 app.add_typer(cli_users.audit, name="audit")
@@ -71,6 +72,10 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler_a, dpmpp_2m, unipc or lcm.")] = None,
     preset: Annotated[str | None, typer.Option(help="fast: in few steps, where the model can.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Which of the user's own models (the one published last, else USER_MODELS').")
+    ] = None,
+    model_version: Annotated[int | None, typer.Option(help="Which version of it (the published one).")] = None,
 ) -> None:
     """Draw a picture without a server."""
     with errors_for_people():
@@ -81,6 +86,8 @@ def generate(
             "negative_prompt": negative_prompt,
             "scheduler": scheduler,
             "preset": preset,
+            "model": model,
+            "model_version": model_version,
         }
         said = {name: value for name, value in said.items() if value is not None}
         request = GenerateRequest.model_validate(
@@ -91,16 +98,20 @@ def generate(
                 f"there is no folder {output.parent} for the picture", "Make it, or choose another -o."
             )
         settings = load_settings(log_level="warning")
-        request = resolved(request, settings.source_for(user), settings)
+        source, own = drawn_with(settings, request)
+        request = resolved(request, source, settings)
         with open_models(settings) as models, progress() as shown:
             bar = shown.add_task("loading", total=request.num_inference_steps)
             generation = models.generate(
                 request,
                 lambda step: shown.update(bar, description="drawing", completed=step.done, total=step.of),
+                own=own,
             )
         output.write_bytes(generation.pngs[0])
         for warning in generation.warnings:
             to_people.print(escape(warning))
+        if not own and model is None and user not in settings.user_models:
+            to_people.print(f"{user} has no model that draws: the default's drew.")
         to_people.print(f"{output}: {generation.model_id}, seed {generation.seeds[0]}")
 
 
@@ -119,22 +130,14 @@ def worker(
 
 
 async def _work(settings: Settings, jobs: int, metrics_port: int | None) -> None:
-    told = asyncio.Event()
-    for kind in (signal.SIGTERM, signal.SIGINT):  # first: one may come while the database is brought up to date
-        asyncio.get_running_loop().add_signal_handler(kind, _end_or_leave, told)
+    told = told_to_end()  # first: a signal may come while the database is brought up to date
     async with AsyncExitStack() as stack:
         service = await stack.enter_async_context(open_service(settings))
         if metrics_port is not None:
             stack.enter_context(service.metrics.served(metrics_port))
         await stack.enter_async_context(working(service, jobs))
         to_people.print(f"Drawing up to {jobs} jobs at once. Ctrl-C ends it once they are done.")
-        await told.wait()
-
-
-def _end_or_leave(told: asyncio.Event) -> None:
-    if told.is_set():
-        os._exit(1)  # told twice: at once
-    told.set()  # whoever waits for it leaves `working`, which takes no more jobs from then on
+        await told.wait()  # leaving `working` takes no more jobs from then on
 
 
 @database.command("upgrade")
@@ -146,9 +149,9 @@ def upgrade_database() -> None:
     to_people.print("The database is up to date.")
 
 
-@app.command()
-def models(
-    address: Annotated[str | None, typer.Option(help="The running server [http://HOST:PORT].")] = None,
+@app.command("cache")
+def show_cache(
+    address: Annotated[str | None, typer.Option(help="The running server (http://HOST:PORT).")] = None,
     key: Annotated[
         str | None, typer.Option(envvar="KEY", help="With AUTH=required: an administrator's API key.")
     ] = None,

@@ -33,9 +33,9 @@ SMALL = GenerateRequest(prompt="photo of sks person", width=256, height=256, num
 class _AtOnce(ModelService):
     """Models that answer at once, so that only the queue is timed."""
 
-    def generate(self, request: GenerateRequest, on_step: Any = None, check: Any = None) -> Generation:
+    def generate(self, request: GenerateRequest, on_step: Any = None, check: Any = None, own: Any = ()) -> Generation:
         none = Timings(queue=0, load=0, denoise=0, decode=0, encode=0)
-        return Generation([_PNG] * request.num_images, [0] * request.num_images, "none", True, "batch", none, 0)
+        return Generation([_PNG] * request.num_images, [0] * request.num_images, "none", True, "batch", none, 0, "")
 
 
 _PNG = bytes.fromhex(  # one white pixel

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from api.domain.models import next_number
 from api.domain.policy import STATEMENT
 from api.store.database import Database
 from api.store.models import WEIGHTS, ModelFolder, sha256
@@ -34,7 +35,7 @@ async def add_model(
         version = ModelVersion(
             id=version_id,
             model_id=model.id,
-            number=await _next_number(session, model),
+            number=next_number(model),
             kind="lora",
             source={"base": base},
             base_hash="b" * 64,
@@ -59,8 +60,3 @@ async def _model(session: AsyncSession, user_id: str, name: str, consent: dict[s
     await session.flush()
     session.add(Consent(model_id=model.id, granted_by=user_id, statement=STATEMENT, evidence="e" * 64, **consent))
     return model
-
-
-async def _next_number(session: AsyncSession, model: Model) -> int:
-    last = select(func.max(ModelVersion.number)).where(ModelVersion.model_id == model.id)
-    return (await session.scalar(last) or 0) + 1

@@ -13,7 +13,7 @@ API = Path(__file__).parent.parent / "api"
 # files named together are one room. A folder is one room.
 FLOORS = """
 main
-routes | cli cli_delta cli_people cli_train cli_users cli_vault serving
+routes | cli cli_delta cli_models cli_people cli_train cli_users cli_vault serving
 wiring
 domain
 providers

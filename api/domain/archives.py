@@ -7,14 +7,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 from api.errors import InvalidRequest
 
 MOST_ENTRIES = 1000
 INDEX_BYTES = 1_000_000
 END_BYTES = 66_000  # at the end of a ZIP, in which it tells where its index is: 22, and a comment
-BROKEN = (BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+BROKEN = (BadZipFile, zlib.error, EOFError, IndexError, NotImplementedError, RuntimeError, ValueError)
 
 
 @contextmanager
@@ -29,9 +29,11 @@ def open_archive(file: IO[bytes]) -> Iterator[ZipFile]:
         with ZipFile(file) as archive:
             if len(archive.infolist()) > MOST_ENTRIES:
                 raise _too_many()
+            if any(entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for entry in archive.infolist()):
+                raise _unreadable()  # the others unpack a few bytes to hundreds of MB at once
             yield archive
     except OSError as error:
-        if error.errno != errno.EINVAL:  # it tells of a place before its beginning
+        if error.errno not in (None, errno.EINVAL):  # of what is packed badly, or of a place before its beginning
             raise
         raise _unreadable() from error
     except BROKEN as error:

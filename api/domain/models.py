@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import DEFAULT_USER, ModelSource
@@ -174,7 +174,7 @@ async def open_model(session: AsyncSession, user_id: str, name: str, class_noun:
     return model
 
 
-async def next_number(session: AsyncSession, model: Model) -> int:
-    """Returns what the next version of a model is called, which the transaction holds."""
-    last = select(func.max(ModelVersion.number)).where(ModelVersion.model_id == model.id)
-    return (await session.scalar(last) or 0) + 1
+def next_number(model: Model) -> int:
+    """Returns what the next version of a model is called, which the transaction holds; no number comes twice."""
+    model.last_number = (model.last_number or 0) + 1
+    return model.last_number

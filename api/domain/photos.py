@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import IO
 
@@ -135,7 +135,7 @@ def examine(photos: Iterable[bytes]) -> Iterator[Verdict]:
         if verdict.photo is not None and (twin := _like(verdict.photo, good)):
             verdict = Verdict(None, twin)
         if verdict.photo is not None:
-            good.append(verdict.photo)
+            good.append(replace(verdict.photo, png=b""))
         yield verdict
 
 

@@ -98,7 +98,7 @@ async def submit(
     """
     job_id = new_id()
     try:
-        await anyio.to_thread.run_sync(folder.keep_photos, job_id, [photo.png for photo in order.photos])
+        await anyio.to_thread.run_sync(folder.keep_photos, job_id, (photo.png for photo in order.photos))
         async with database.transaction() as session:
             job = await _accept(session, settings, vault, order, job_id)
     except DatabaseUnavailable:
@@ -268,7 +268,7 @@ async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVers
             version = ModelVersion(
                 id=version_id,
                 model_id=model.id,
-                number=await next_number(session, model),
+                number=next_number(model),
                 kind="lora",
                 source=job.parameters["source"],
                 base_hash=made.base_hash,

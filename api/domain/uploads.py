@@ -214,7 +214,7 @@ async def _add(
         version = ModelVersion(
             id=version_id,
             model_id=model.id,
-            number=await next_number(session, model),
+            number=next_number(model),
             kind=checked.kind,
             source=order.source.model_dump(exclude_defaults=True),
             base_hash=base_hash,

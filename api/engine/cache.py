@@ -58,7 +58,7 @@ class _Entry(Generic[T]):
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """One cached model as `sitter models` shows it; `own_bytes` are those it shares with no other."""
+    """One cached model as `sitter cache` shows it; `own_bytes` are those it shares with no other."""
 
     key: Hashable
     own_bytes: int

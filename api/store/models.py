@@ -5,9 +5,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from api.errors import NotFound, StorageFull, StorageUnavailable
 from api.store.files import NO_ROOM
@@ -68,15 +69,15 @@ class ModelFolder:
             StorageFull: the disk has no room.
             StorageUnavailable: the folder cannot be written to.
         """
-        _keep_whole(self._versions / version_id, files)
+        _keep_whole(self._versions / version_id, files.items())
 
     def delete(self, version_id: str) -> bool:
         """Removes a version's files; returns whether they were there. Raises StorageUnavailable when they stay."""
         return _remove(self._versions / version_id)
 
-    def keep_photos(self, job_id: str, photos: Sequence[bytes]) -> None:
-        """Keeps the photos (PNG) of a training, all of them or none. Raises as `keep` does."""
-        files = {f"{number:02}.png": photo for number, photo in enumerate(photos)}
+    def keep_photos(self, job_id: str, photos: Iterable[bytes]) -> None:
+        """Keeps the photos (PNG) of a training, all of them or none; one is in memory. Raises as `keep` does."""
+        files = ((f"{number:02}.png", photo) for number, photo in enumerate(photos))
         _keep_whole(self._trainings / job_id / PHOTOS, files)
 
     def photos_of(self, job_id: str) -> list[bytes]:
@@ -123,13 +124,14 @@ def told(folder: Path) -> Iterator[None]:
         raise StorageUnavailable(f"{folder.parent.name}/ cannot be written to: {error.strerror}") from error
 
 
-def _keep_whole(folder: Path, files: Mapping[str, bytes]) -> None:
+def _keep_whole(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Writes a folder under another name, and gives it its own once all is on the disk."""
     part = folder.with_name(folder.name + PART)
     with told(folder):
         try:
-            part.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for name, content in files.items():
+            shutil.rmtree(part, ignore_errors=True)  # of somebody who died over it
+            part.mkdir(parents=True, mode=0o700)
+            for name, content in files:
                 write_whole(part / name, content, mode=0o600, prefix=".")
             part.replace(folder)
             sync_folder(folder.parent)
@@ -141,14 +143,18 @@ def _keep_whole(folder: Path, files: Mapping[str, bytes]) -> None:
 def _remove(folder: Path) -> bool:
     part = folder.with_name(folder.name + PART)
     with told(folder):
-        there = folder.exists()
-        if there:
+        there = folder.exists() or part.exists()
+        if folder.exists():
             shutil.rmtree(part, ignore_errors=True)  # of an earlier try
-            folder.replace(part)  # gone at once for whoever would read it
-        elif not part.exists():
-            return False
-        shutil.rmtree(part)
-    return True
+            with suppress(FileNotFoundError):  # several may remove it at once
+                folder.replace(part)  # gone at once for whoever would read it
+        shutil.rmtree(part, onerror=_unless_gone)
+    return there
+
+
+def _unless_gone(_: object, path: str, error: tuple[Any, BaseException, Any]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 def _ages(folder: Path) -> Iterator[tuple[str, float]]:

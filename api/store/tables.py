@@ -204,6 +204,7 @@ class Model(Table):
     name: Mapped[str] = mapped_column(String(64))
     token: Mapped[str] = mapped_column(String(130))  # the words for the sitter, "sks person"
     class_noun: Mapped[str] = mapped_column(String(64))
+    last_number: Mapped[int] = mapped_column(default=0)  # of its versions, also of those that are gone
     published_id: Mapped[str | None] = mapped_column(ID)  # the version that draws
     published_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(default=now)

@@ -106,7 +106,7 @@ def test_it_listens_on_all_addresses(models: Path, tmp_path: Path) -> None:
         assert f"Sitter is at http://127.0.0.1:{server.port} " in server.log
         assert "listens on all addresses" in server.log
         assert "http://0.0.0.0" not in server.log
-        shown = run(*SITTER, "models", HOST="0.0.0.0", PORT=str(server.port))
+        shown = run(*SITTER, "cache", HOST="0.0.0.0", PORT=str(server.port))
         assert shown.returncode == 1
         assert "--key" in shown.stderr
 
@@ -193,11 +193,11 @@ def test_it_is_imported_without_torch(module: str) -> None:
 
 def test_sitter_models(server: Server, models: Path) -> None:
     server.drawn()
-    ended = run(*SITTER, "models", "--address", f"http://127.0.0.1:{server.port}")
+    ended = run(*SITTER, "cache", "--address", f"http://127.0.0.1:{server.port}")
     assert ended.returncode == 0, ended.stderr
     assert str(models / "one") in ended.stdout
     assert "bytes" in ended.stdout
-    nobody = run(*SITTER, "models", "--address", "http://127.0.0.1:9")
+    nobody = run(*SITTER, "cache", "--address", "http://127.0.0.1:9")
     assert nobody.returncode == 1
     assert "sitter serve" in nobody.stderr
 
@@ -231,7 +231,7 @@ def test_sitter_generate(tmp_path: Path) -> None:
     fields = {"--steps": "1", "--width": "320", "--height": "256", "--seed": "3", "--user": "ada"}
     options = [part for option in fields.items() for part in option]
     prompt = "sks person " * 60 + "as a knight"
-    ended = run(*SITTER, "generate", prompt, *options, "-o", str(tmp_path / "x.png"))
+    ended = run(*SITTER, "generate", prompt, *options, "-o", str(tmp_path / "x.png"), DATA_DIR=str(tmp_path / "data"))
     assert ended.returncode == 0, ended.stderr
     assert re.search(r'The prompt is too long .* did not read "….* as a knight"', ended.stderr.replace("\n", " "))
     assert open_png((tmp_path / "x.png").read_bytes()).size == (320, 256)

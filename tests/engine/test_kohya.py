@@ -48,9 +48,9 @@ def text(base: StableDiffusionPipeline) -> Factors:
 def trained(base: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a sitter's training writes, of rank 4; its steps are large, so that it shows in a picture."""
     chance = torch.Generator().manual_seed(1)
-    latents, texts = torch.randn(3, 4, 8, 8, generator=chance), torch.randn(3, 5, 16, generator=chance)
+    own = Examples(torch.randn(3, 4, 8, 8, generator=chance), ["photo of sks person"] * 3)
     recipe = Recipe(steps=20, rank=4, rate=0.3, own=2, prior=0, seed=3)
-    trainer = Trainer(base, Examples(latents, texts), None, torch.zeros(1, 5, 16), recipe)
+    trainer = Trainer(base, own, None, recipe)
     for _ in range(recipe.steps):
         trainer.step()
     file = tmp_path_factory.mktemp("trained") / "20.safetensors"

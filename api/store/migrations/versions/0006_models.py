@@ -16,6 +16,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=64), nullable=False),
         sa.Column("token", sa.String(length=130), nullable=False),
         sa.Column("class_noun", sa.String(length=64), nullable=False),
+        sa.Column("last_number", sa.Integer(), nullable=False),
         sa.Column("published_id", sa.String(length=28), nullable=True),
         sa.Column("published_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
