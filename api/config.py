@@ -192,7 +192,7 @@ class Settings(BaseSettings):
         "not here has none, and likeness is not measured.",
     )
     training_share: float = Field(
-        default=0.25,
+        default=0.15,
         ge=0.01,
         le=0.9,
         description="Share of the device's time that trainings have while something is drawn; all of it otherwise.",

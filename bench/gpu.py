@@ -7,7 +7,7 @@ that can be is compiled: the service, and arm C. `--small` tries it out on whate
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from api.config import ROOT
 from api.schemas import GenerateRequest
-from bench import switching, ways
+from bench import gpu_train, switching, ways
 from bench.arms import Arm, OneThread, Sitter, user_models
 from bench.figures import Figure, at_least, at_most, page, quiet
 from bench.loras import write_loras
@@ -34,24 +34,31 @@ OURS, HOTSWAP, RELOAD = "G Sitter", "C hotswap", "B load and unload"
 
 
 def figures(small: bool = False) -> Iterator[Figure]:
-    """Yields seconds a warm picture, pictures a second of eight users, and what a switch of models costs.
+    """Yields seconds a warm picture, pictures a second of eight users, what a switch of models costs, and a training.
 
     Args:
         small: a model of a fiftieth, two steps of 256 × 256 pixels, nothing compiled: whether all of it runs.
     """
-    shrink, steps, side = (5, 2, 256) if small else (1, 30, 512)
+    shrink, steps, side, train_steps = (5, 2, 256, 4) if small else (1, 30, 512, 400)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = [write_model(folder / f"model{seed}", seed, shrink) for seed in range(2)]
+        yield from _drawing(folder, models, steps, side, compiled=not small)
+        yield from gpu_train.figures(models[0], folder, train_steps, side)
+
+
+def _drawing(folder: Path, models: Sequence[Path], steps: int, side: int, compiled: bool) -> Iterator[Figure]:
+    model = models[0]
+    dtype = torch.float16 if DEVICE == "cuda" else torch.float32
+    unet = load_base(model, dtype).unet
+    loras = write_loras(folder / "loras", unet, (*USERS, *SWITCHED), (RANK,), seed=1)
+    given = Given(model, loras, 60_000_000_000, highest_rank=RANK, dtype=dtype, compiled=compiled)
     with ExitStack() as closing:
-        folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
-        model, other = (write_model(folder / f"model{seed}", seed, shrink) for seed in range(2))
-        dtype = torch.float16 if DEVICE == "cuda" else torch.float32
-        unet = load_base(model, dtype).unet
-        loras = write_loras(folder / "loras", unet, (*USERS, *SWITCHED), (RANK,), seed=1)
-        given = Given(model, loras, 60_000_000_000, highest_rank=RANK, dtype=dtype, compiled=not small)
         arms: dict[str, Arm] = {
             OURS: Sitter(
                 given,
                 batch_rows=ROWS,
-                user_models=user_models(given) | {each.name: {"base": str(each)} for each in (model, other)},
+                user_models=user_models(given) | {each.name: {"base": str(each)} for each in models},
             ),
             HOTSWAP: OneThread(ways.HotSwap, given),
             RELOAD: OneThread(ways.LoadEach, given),

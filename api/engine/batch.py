@@ -23,7 +23,7 @@ from torch import Tensor
 
 from api.engine.knee import Knee
 from api.engine.slots import NO_ADAPTER, SlotsFull
-from api.engine.tasks import Task, step
+from api.engine.tasks import Stepped, Task, step
 from api.engine.threads import settle
 from api.engine.weights import is_out_of_memory
 from api.errors import BadPicture, ShuttingDown
@@ -247,13 +247,13 @@ class Batch:
         began = time.perf_counter()
         failure: Exception | None = None
         try:
-            states = step(tasks)
+            stepped = step(tasks)
         except Exception as error:
             # Where memory ran out, or others are to be tried, the frames must not hold what this forward made.
             tell = len(tasks) == 1 and not is_out_of_memory(error)
             failure = error if tell else error.with_traceback(None)
         if failure is None:
-            self._move_on(tasks, states, time.perf_counter() - began)
+            self._move_on(tasks, stepped, time.perf_counter() - began)
         elif len(tasks) == 1:
             self._end(tasks, failure)
         else:  # memory may suffice for one by one, and whose fault it was shows
@@ -263,7 +263,7 @@ class Batch:
             for task in tasks:
                 self._run([task])
 
-    def _move_on(self, tasks: Sequence[Task], states: Sequence[Tensor], seconds: float) -> None:
+    def _move_on(self, tasks: Sequence[Task], stepped: Sequence[Stepped], seconds: float) -> None:
         rows = sum(task.rows for task in tasks)
         a_row = seconds / rows
         behind = a_row * sum(task.rows for task in tasks if task.behind)
@@ -271,8 +271,8 @@ class Batch:
         self._credit = min(MOST_CREDIT, self._credit + earned - (behind if self._in_front() else 0.0))
         if self._knee is not None:
             self._knee.note(tasks[0].model, tasks[0].shape, rows, seconds)
-        for task, state in zip(tasks, states, strict=True):
-            task.state = state
+        for task, made in zip(tasks, stepped, strict=True):
+            task.state, task.foreseen = made.state, made.foreseen
             task.done += 1
             task.seconds += a_row * task.rows
             self._served[task.user_id] += a_row * task.rows
@@ -284,7 +284,7 @@ class Batch:
             try:
                 if not torch.isfinite(task.latents).all():
                     raise BadPicture("the model lost its way: the latents are not finite")
-                task.on_call(task.done, task.latents)
+                task.on_call(task.done, task.foreseen)
             except Exception as error:
                 self._end([task], error)
                 continue

@@ -56,6 +56,7 @@ PREDICTION, NOISE = STATE, STATE + 1  # their places among the inputs
 # Of the latents' scale, in the rehearsal. A missed term or a clip is far above; rounding is about 1e-6, but 1e-3 where
 # Euler starts from latents of 4096 (zero terminal SNR) and subtracts nearly all of that, in diffusers as here.
 TOLERANCE = 1e-2
+LEAST_SIGNAL = 1e-5  # of ᾱ, below which nothing of a picture is foreseen: where it is 0 nothing can be
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,7 @@ class Schedule:
     timesteps: Tensor  # (calls,) float32, as the UNet is given them
     scales: Tensor  # (calls,) float32: the UNet is given scale × latents
     coefficients: Tensor  # (calls, STATE, INPUTS) float32, see `step`
+    clean: Tensor  # (calls, 2) float32, see `foreseen`
     initial_scale: float  # the first latents are this × noise of variance 1
     needs_noise: bool  # a call adds fresh noise
 
@@ -128,6 +130,18 @@ def step(state: Tensor, prediction: Tensor, coefficients: Tensor, noise: Tensor 
     return (weights * inputs[:, None]).sum(dim=2)
 
 
+def foreseen(given: Tensor, prediction: Tensor, clean: Tensor) -> Tensor:
+    """Returns what rows would end as if a call's prediction were right: (rows, channels, height, width) float32.
+
+    Args:
+        given: (rows, channels, height, width), what the UNet was given.
+        prediction: likewise, what it said, guided; any float type.
+        clean: (rows, 2): for each row that of its schedule at its call.
+    """
+    ours, theirs = clean[:, :, None, None, None].unbind(1)
+    return ours * given + theirs * prediction.to(given.dtype)
+
+
 @lru_cache(maxsize=256)
 def _schedule(kind: str, config: str, steps: int) -> Schedule:
     try:
@@ -178,9 +192,31 @@ def _read(scheduler: Any) -> Schedule:
         timesteps=scheduler.timesteps.float(),
         scales=torch.stack(scales).float(),
         coefficients=table,
+        clean=_clean(scheduler),
         initial_scale=float(scheduler.init_noise_sigma),
         needs_noise=bool(table[:, :, NOISE].any()),
     )
+
+
+def _clean(scheduler: Any) -> Tensor:
+    """Returns by how much the UNet's input and its prediction count in the clean latents of each call: (calls, 2).
+
+    x0 = (x - √(1 - ᾱ) ε) / √ᾱ, or √ᾱ x - √(1 - ᾱ) v (https://arxiv.org/abs/2202.00512, appendix D). Where a scheduler
+    says nothing of ᾱ, the latents stand for what they become.
+    """
+    calls = len(scheduler.timesteps)
+    if (kept := getattr(scheduler, "alphas_cumprod", None)) is None:
+        return torch.tensor([1.0, 0.0]).expand(calls, 2)
+    times = scheduler.timesteps.float().cpu().clamp(0, len(kept) - 1)
+    before = times.floor().long()
+    share = torch.lerp(kept[before].float(), kept[times.ceil().long()].float(), times - before)
+    signal, noise = share.clamp(min=LEAST_SIGNAL).sqrt(), (1 - share).sqrt()
+    match scheduler.config.get("prediction_type", "epsilon"):
+        case "epsilon":
+            return torch.stack([1 / signal, -noise / signal], dim=1)
+        case "v_prediction":
+            return torch.stack([signal, -noise], dim=1)
+    return torch.tensor([0.0, 1.0]).expand(calls, 2)
 
 
 def _rehearse(table: Schedule, scheduler: Any) -> None:

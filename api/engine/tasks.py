@@ -13,7 +13,10 @@ from api.engine.sampler import Schedule
 from api.engine.slots import NO_ADAPTER, Slots
 
 OnCall = Callable[[int, Tensor], None]
-"""Called after each call of the UNet with how many are done and the latents; whatever it raises ends the task."""
+"""Called after each call of the UNet with how many are done and the latents that it foresees at the end.
+
+Whatever it raises ends the task.
+"""
 
 
 @dataclass(eq=False)
@@ -51,8 +54,12 @@ class Task:
     check: Callable[[], None] = lambda: None
     done: int = 0
     seconds: float = 0.0  # its share of the time that its forwards took
+    foreseen: Tensor = field(init=False)  # latents, see `sampler.foreseen`
     slot: int | None = None  # of its adapter, while it is drawn
     ended: "Future[Tensor]" = field(default_factory=Future)  # the latents (pictures, channels, height, width)
+
+    def __post_init__(self) -> None:
+        self.foreseen = self.latents
 
     @property
     def pictures(self) -> int:
@@ -85,30 +92,38 @@ class Task:
         return self.rows * self.state.shape[-1] * self.state.shape[-2]
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """What a step made of a task: its next state, and the latents that it foresees at the end."""
+
+    state: Tensor
+    foreseen: Tensor
+
+
 @torch.inference_mode()
-def step(tasks: Sequence[Task]) -> Sequence[Tensor]:
-    """Returns the next state of each task, by one forward for the rows of all.
+def step(tasks: Sequence[Task]) -> Sequence[Stepped]:
+    """Returns what one forward for the rows of all makes of each task.
 
     Nothing of the tasks is changed but their generators, where fresh noise is drawn.
 
     Args:
         tasks: of one kind.
     """
-    model = tasks[0].model
     states = torch.cat([task.state for task in tasks])
-    predictions = _guided(tasks, _predict(model, tasks, states))
-    coefficients = torch.cat([_of_pictures(task, task.schedule.coefficients[task.done]) for task in tasks])
-    noise = _noise(tasks)
-    after = sampler.step(states, predictions, coefficients.to(states.device), noise)
-    return torch.split(after, [task.pictures for task in tasks])
+    given = states[:, 0] * _each(tasks, lambda task: task.schedule.scales[task.done])[:, None, None, None]
+    predictions = _guided(tasks, _predict(tasks, given))
+    coefficients = _each(tasks, lambda task: task.schedule.coefficients[task.done])
+    after = sampler.step(states, predictions, coefficients, _noise(tasks))
+    foreseen = sampler.foreseen(given, predictions, _each(tasks, lambda task: task.schedule.clean[task.done]))
+    pictures = [task.pictures for task in tasks]
+    return [Stepped(*both) for both in zip(torch.split(after, pictures), torch.split(foreseen, pictures), strict=True)]
 
 
-def _predict(model: Slots, tasks: Sequence[Task], states: Tensor) -> Tensor:
+def _predict(tasks: Sequence[Task], given: Tensor) -> Tensor:
     """Returns what the UNet says of every row: (rows, channels, height, width) float32."""
-    scales = torch.cat([_of_pictures(task, task.schedule.scales[task.done]) for task in tasks])
-    latents = (states[:, 0] * scales.to(states.device)[:, None, None, None]).to(model.dtype)
-    rows = latents[torch.tensor(_picture_of_rows(tasks))]
-    timesteps = torch.cat([task.schedule.timesteps[task.done].expand(task.rows) for task in tasks]).to(states.device)
+    model = tasks[0].model
+    rows = given.to(model.dtype)[torch.tensor(_picture_of_rows(tasks))]
+    timesteps = torch.cat([task.schedule.timesteps[task.done].expand(task.rows) for task in tasks]).to(given.device)
     text = torch.cat([task.text for task in tasks])
     return model.predict([task.slot or NO_ADAPTER for task in tasks for _ in range(task.rows)], rows, timesteps, text)
 
@@ -155,5 +170,7 @@ def _fresh(task: Task) -> Tensor:
     return torch.cat([torch.randn(shape, generator=one) for one in task.generators]).to(task.state.device)
 
 
-def _of_pictures(task: Task, one: Tensor) -> Tensor:
-    return one.expand(task.pictures, *one.shape)
+def _each(tasks: Sequence[Task], of: Callable[[Task], Tensor]) -> Tensor:
+    """Returns for each picture what `of` says of its task, on the tasks' device."""
+    said = [(one := of(task)).expand(task.pictures, *one.shape) for task in tasks]
+    return torch.cat(said).to(tasks[0].state.device)

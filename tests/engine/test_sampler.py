@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from api.config import ROOT, Scheduler
-from api.engine.sampler import SAMPLERS, Schedule, schedule, start, step
+from api.engine.sampler import SAMPLERS, Schedule, foreseen, schedule, start, step
 from api.errors import InvalidRequest, ModelUnavailable
 
 DEMO = json.loads((ROOT / "models/demo/scheduler/scheduler_config.json").read_text())
@@ -310,3 +310,30 @@ def test_any_number_of_steps(name: str | None, steps: int, config: str, spacing:
     assert steps <= table.calls <= steps + 1
     assert table.coefficients.isfinite().all()
     assert deviation(name, settings, steps, table) < limit(table)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_foreseen_is_what_diffusers_foresees(config: str, prediction: str, name: str) -> None:
+    asked = {**CONFIGS[config], "prediction_type": prediction, "rescale_betas_zero_snr": False}
+    table = schedule(name, asked, 10)
+    scheduler = SAMPLERS[name].from_config({**asked, "clip_sample": False, "steps_offset": 1})
+    scheduler.set_timesteps(10)
+    latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1)) * scheduler.init_noise_sigma
+    for call, timestep in enumerate(scheduler.timesteps):
+        given = scheduler.scale_model_input(latents, timestep)
+        said = unet(given, timestep.float().expand(1))
+        made = scheduler.step(said, timestep, latents, generator=torch.Generator().manual_seed(call))
+        ours = foreseen(given, said, table.clean[call][None])
+        torch.testing.assert_close(ours, made.pred_original_sample, atol=1e-4, rtol=1e-4)
+        latents = made.prev_sample
+
+
+@pytest.mark.parametrize("name", [None, *SAMPLERS])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_it_is_foreseen_in_numbers(config: str, name: str | None) -> None:
+    for options in ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}):
+        table = schedule(name, CONFIGS[config] | options, 7)
+        assert table.clean.shape == (table.calls, 2)
+        assert torch.isfinite(table.clean).all()
