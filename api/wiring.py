@@ -120,7 +120,7 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
         deliverer.run,
         partial(deadlines.keep_giving_up, service.database, service.wake, service.metrics),
         partial(keep_swept, service.pictures, service.database),
-        partial(leftovers.keep_swept, service.folder, service.database),
+        partial(leftovers.keep_swept, service.registry),
         partial(once.keep_forgetting, service.database),
         partial(privacy.keep_forgetting, service.database, service.models),
     ]

@@ -2,14 +2,17 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import anyio.to_thread
 import structlog
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, delete, exists, select
 
 from api.domain.history import ENDED
+from api.domain.policy import in_force
+from api.domain.registry import Registry, expire
 from api.errors import SitterError
 from api.store.database import Database
 from api.store.models import ModelFolder
@@ -18,17 +21,18 @@ from api.store.tables import Consent, Model, ModelVersion, Request
 log = structlog.get_logger()
 
 SWEEP_SECONDS = 20.0  # photos shall not outlive their training by much
-VERSIONS_EVERY = 180  # sweeps: what was erased is gone at once, as a rule
+SELDOM = 180  # sweeps: what was erased is gone at once, as a rule
 ORPHAN_SECONDS = 3600.0  # how old what no row knows must be before it is taken for left over
 ROWS_AT_ONCE = 500
 
 
-async def keep_swept(folder: ModelFolder, database: Database) -> None:
+async def keep_swept(own: Registry) -> None:
     """Sweeps now and then, until it is cancelled."""
+    trainings, versions = (partial(sweep, own.folder, own.database) for sweep in (sweep_trainings, sweep_versions))
     for number in itertools.count():
-        for sweep, every in ((sweep_trainings, 1), (sweep_versions, VERSIONS_EVERY)):
+        for sweep, every in ((trainings, 1), (partial(expire, own), SELDOM), (versions, SELDOM)):
             try:
-                if number % every == 0 and (removed := await sweep(folder, database)):
+                if number % every == 0 and (removed := await sweep()):
                     log.info("swept", folders=removed)
             except SitterError as error:
                 log.warning(error.code, reason=error.detail)
@@ -38,7 +42,8 @@ async def keep_swept(folder: ModelFolder, database: Database) -> None:
 async def sweep_trainings(folder: ModelFolder, database: Database, seconds: float = ORPHAN_SECONDS) -> int:
     """Removes what trainings needed that have ended, or that no row knows; returns how many folders those were.
 
-    Photos stay where their owner wished so and still agrees to the model.
+    Photos stay where their owner wished so and still agrees to the model. Versions go with trainings that came to
+    nothing, unless somebody has published them meanwhile.
     """
     removed = 0
     for some in _batches(await anyio.to_thread.run_sync(folder.trainings)):
@@ -46,14 +51,28 @@ async def sweep_trainings(folder: ModelFolder, database: Database, seconds: floa
             asked = select(Request.id, Request.status, Request.parameters).where(Request.id.in_(some))
             jobs = {job_id: (status, parameters) for job_id, status, parameters in await session.execute(asked)}
             consents = {parameters["consent"] for _, parameters in jobs.values() if parameters["keep_pictures"]}
-            unrevoked = select(Consent.id).where(Consent.id.in_(consents), Consent.revoked_at.is_(None))
-            agreed = set(await session.scalars(unrevoked))
+            agreed = set(await session.scalars(select(Consent.id).where(Consent.id.in_(consents), in_force())))
+        if failed := [job_id for job_id, (status, _) in jobs.items() if status in ENDED and status != "succeeded"]:
+            await _drop_versions(folder, database, failed)
         for job_id, age in some.items():
             status, parameters = jobs.get(job_id, (None, {}))
             if status in ENDED or (status is None and age > seconds):
                 keep = status == "succeeded" and parameters["keep_pictures"] and parameters["consent"] in agreed
                 removed += await _removed(folder.end_training, job_id, keep)
     return removed
+
+
+async def _drop_versions(folder: ModelFolder, database: Database, jobs: Collection[str]) -> None:
+    """Removes what these trainings made and nobody has published: they were cancelled, or failed, just before."""
+    async with database.transaction() as session:
+        theirs = select(Model.published_id).join(ModelVersion, ModelVersion.model_id == Model.id)
+        theirs = theirs.where(ModelVersion.request_id.in_(jobs)).order_by(Model.id)
+        held = await session.scalars(theirs.with_for_update(of=Model))  # as whoever publishes one does
+        published = {version_id for version_id in held if version_id is not None}
+        dropped = delete(ModelVersion).where(ModelVersion.request_id.in_(jobs), ModelVersion.id.not_in(published))
+        versions = list(await session.scalars(dropped.returning(ModelVersion.id)))
+    for version_id in versions:
+        await _removed(folder.delete, version_id)
 
 
 async def sweep_versions(folder: ModelFolder, database: Database, seconds: float = ORPHAN_SECONDS) -> int:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement, exists, or_
+from sqlalchemy import ColumnElement, and_, exists, or_
 
 from api.errors import Forbidden
 from api.store.tables import Consent, Model, now
@@ -25,9 +25,13 @@ class ConsentMissing(Forbidden):
 
 def consented(consent_id: str | None = None) -> ColumnElement[bool]:
     """Returns whether a consent in force is there for a row of `models`; this very one, if it is named."""
-    lasts = or_(Consent.expires_at.is_(None), Consent.expires_at > now())
-    found = exists().where(Consent.model_id == Model.id, Consent.revoked_at.is_(None), lasts)
+    found = exists().where(Consent.model_id == Model.id, in_force())
     return found if consent_id is None else found.where(Consent.id == consent_id)
+
+
+def in_force() -> ColumnElement[bool]:
+    """Returns whether a row of `consents` was not taken back and has not ended by itself."""
+    return and_(Consent.revoked_at.is_(None), or_(Consent.expires_at.is_(None), Consent.expires_at > now()))
 
 
 def granted(model: Model, by: str, days: int | None, hashes: Sequence[str]) -> Consent:

@@ -285,7 +285,7 @@ async def forget_erased(database: Database, models: ModelService, last: int) -> 
     async with database.reading() as session:
         lines = (await session.execute(later)).all()
     for _, action, object, detail in lines:
-        if action in (ERASED, registry.ERASED, registry.REVOKED):
+        if action in (ERASED, *registry.OUT_OF_USE):
             await anyio.to_thread.run_sync(models.revoke, detail.get("versions", []))
         if action == ERASED:
             await anyio.to_thread.run_sync(models.forget, object.removeprefix("user:"))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import anyio.to_thread
 import structlog
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import DEFAULT_USER, Settings
 from api.domain import audit, jobs
-from api.domain.accounts import Caller
+from api.domain.accounts import ALL_SCOPES, Caller
 from api.domain.policy import ConsentMissing, consented
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
@@ -27,7 +27,10 @@ from api.wire.models import ConsentRecord, Model, Version
 log = structlog.get_logger()
 
 REVOKED = "consent.revoked"  # in the audit; its detail names the versions that nobody draws with any more
+EXPIRED = "consent.expired"  # likewise
 ERASED = "model.erased"  # likewise
+OUT_OF_USE = (REVOKED, EXPIRED, ERASED)
+SWEEP = Caller("sitter:sweep", is_admin=True, scopes=ALL_SCOPES, via="open")  # what happens by itself
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,32 @@ async def revoke(registry: Registry, caller: Caller, model_id: str) -> Model:
         NotFound: there is none that the caller may see.
     """
     async with registry.database.transaction() as session:
-        model, gone = await _out_of_use(session, caller, model_id)
-        model.published_id = model.published_at = None
-        await session.execute(delete(ModelVersion).where(ModelVersion.model_id == model.id))
-        said = {"versions": gone.versions, "sha256": gone.sha256}
-        await audit.append(session, caller.name, REVOKED, f"model:{model.id}", **said)
+        model = await _held(session, caller, model_id)
+        gone = await _empty(session, caller, model, REVOKED)
         described = (await _described(session, [model]))[0]
     await forget(registry, gone)
     return described
+
+
+async def expire(registry: Registry) -> int:
+    """Does what `revoke` does to each model whose last consent has ended by itself; returns how many those were."""
+    unrevoked = exists().where(Consent.model_id == tables.Model.id, Consent.revoked_at.is_(None))
+    over = select(tables.Model.id).where(unrevoked, ~consented())
+    async with registry.database.reading() as session:
+        found = list(await session.scalars(over))
+    ended = 0
+    for model_id in found:
+        async with registry.database.transaction() as session:
+            try:
+                model = await _held(session, SWEEP, model_id)
+            except NotFound:  # erased meanwhile
+                continue
+            if not await session.scalar(over.where(tables.Model.id == model_id)):  # agreed to anew
+                continue
+            gone = await _empty(session, SWEEP, model, EXPIRED)
+        await forget(registry, gone)
+        ended += 1
+    return ended
 
 
 async def erase(registry: Registry, caller: Caller, model_id: str) -> None:
@@ -168,10 +189,10 @@ async def erase(registry: Registry, caller: Caller, model_id: str) -> None:
     Raises as `revoke` does.
     """
     async with registry.database.transaction() as session:
-        model, gone = await _out_of_use(session, caller, model_id)
+        model = await _held(session, caller, model_id)
+        gone = await _out_of_use(session, model)
         await session.delete(model)
-        said = {"versions": gone.versions, "sha256": gone.sha256}
-        await audit.append(session, caller.name, ERASED, f"model:{model.id}", **said)
+        await _note(session, caller, model, ERASED, gone)
     await forget(registry, gone)
 
 
@@ -212,12 +233,30 @@ def _delete_files(folder: ModelFolder, gone: Gone) -> None:
                 log.warning("file_left_over", name=name, reason=error.detail)
 
 
-async def _out_of_use(session: AsyncSession, caller: Caller, model_id: str) -> tuple[tables.Model, Gone]:
-    """Holds a model, ends its consents and its jobs; returns it and what goes with it."""
+async def _held(session: AsyncSession, caller: Caller, model_id: str) -> tables.Model:
+    """Returns a model whose user is held, so that nobody trains it anew meanwhile. Raises NotFound."""
     user_id = (await _get(session, caller, model_id)).user_id
     await session.execute(select(User.id).where(User.id == user_id).with_for_update(key_share=True))
     session.expire_all()  # somebody else may have erased it before we held the user
-    model = await _get(session, caller, model_id)
+    return await _get(session, caller, model_id)
+
+
+async def _empty(session: AsyncSession, caller: Caller, model: tables.Model, why: str) -> Gone:
+    """Ends a model's consents, jobs and versions; returns what goes."""
+    gone = await _out_of_use(session, model)
+    model.published_id = model.published_at = None
+    await session.execute(delete(ModelVersion).where(ModelVersion.model_id == model.id))
+    await _note(session, caller, model, why, gone)
+    return gone
+
+
+async def _note(session: AsyncSession, caller: Caller, model: tables.Model, why: str, gone: Gone) -> None:
+    said = {"versions": gone.versions, "sha256": gone.sha256}
+    await audit.append(session, caller.name, why, f"model:{model.id}", **said)
+
+
+async def _out_of_use(session: AsyncSession, model: tables.Model) -> Gone:
+    """Ends a model's consents and jobs; returns what goes with it."""
     gone = await gone_with(session, [model.id])
     active = select(Request.id, Request.versions).where(
         Request.user_id == model.user_id, Request.status.in_(["queued", "running"])
@@ -231,9 +270,9 @@ async def _out_of_use(session: AsyncSession, caller: Caller, model_id: str) -> t
     gone = await gone_with(session, [model.id])  # again: one may have added a version before it was held
     forgotten = update(Request).where(Request.id.in_(gone.trainings))
     await session.execute(forgotten.values(description="", training=None, body_hash=""))
-    in_force = update(Consent).where(Consent.model_id == model.id, Consent.revoked_at.is_(None))
-    await session.execute(in_force.values(revoked_at=now()))
-    return model, Gone(gone.versions, gone.sha256, gone.trainings, [*ended, *asked])
+    unrevoked = update(Consent).where(Consent.model_id == model.id, Consent.revoked_at.is_(None))
+    await session.execute(unrevoked.values(revoked_at=now()))
+    return Gone(gone.versions, gone.sha256, gone.trainings, [*ended, *asked])
 
 
 async def _get(session: AsyncSession, caller: Caller, model_id: str, *, held: bool = False) -> tables.Model:

@@ -121,7 +121,10 @@ class UploadRequest(BaseModel):
         description="Whoever is in the pictures agrees to the statement of GET /trainings/consent.", examples=[True]
     )
     consent_days: int | None = Field(
-        default=None, ge=1, le=36_500, description="For how many days they agree; until it is taken back."
+        default=None,
+        ge=1,
+        le=36_500,
+        description="For how many days they agree; then what was learned is deleted. Null: until they take it back.",
     )
     user_id: UserId | None = Field(default=None, description="Whose model it shall be; yours.", examples=["eve"])
     base: Text | None = Field(

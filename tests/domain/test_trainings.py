@@ -403,6 +403,66 @@ async def test_a_version_that_was_made_is_not_made_again(
     assert await count(database, ModelVersion) == len(folder.versions()) == 1
 
 
+@pytest.mark.parametrize("published", [False, True])
+async def test_a_training_that_is_cancelled_when_all_but_done_leaves_no_version(
+    submit: Submit,
+    own: Registry,
+    make_worker: Callable[..., Worker],
+    database: Database,
+    wake: Wake,
+    monkeypatch: pytest.MonkeyPatch,
+    published: bool,
+) -> None:
+    add = trainings._add_version
+
+    async def then_cancelled(*given: Any) -> ModelVersion:
+        version = await add(*given)
+        assert await leftovers.sweep_trainings(own.folder, database) == 0, "it goes on, with the version"
+        await jobs.cancel(database, version.request_id or "")
+        return version
+
+    monkeypatch.setattr(trainings, "_add_version", then_cancelled)
+    async with working(make_worker()):
+        job = await until(database, wake, (await submit()).id, "succeeded", "cancelled")
+    assert job.status == "cancelled"
+    if published:  # by somebody who was quick
+        await registry.publish(own, EVE, job.parameters["model"], 1)
+    await leftovers.sweep_trainings(own.folder, database)
+    assert await count(database, ModelVersion) == len(own.folder.versions()) == published
+
+
+async def test_what_a_consent_that_ended_allowed_is_deleted(
+    submit: Submit, own: Registry, make_worker: Callable[..., Worker], database: Database, wake: Wake
+) -> None:
+    async with working(make_worker()):
+        job = await until(database, wake, (await submit(keep_pictures=True, consent_days=1)).id, "succeeded")
+    version = await version_of(database)
+    assert await registry.expire(own) == 0
+    async with database.transaction() as session:
+        (await session.scalars(select(Consent))).one().expires_at = now()
+    assert await registry.expire(own) == 1
+    assert own.folder.versions() == own.folder.trainings() == {}
+    assert version.id not in [getattr(source, "version_id", None) for source in own.models.cache.loaded()]
+    assert (await registry.find(own, EVE, job.parameters["model"])).status == "revoked"
+    last = ("sitter:sweep", "consent.expired", f"model:{job.parameters['model']}")
+    assert (await audited(database))[-1] == last
+    assert await registry.expire(own) == 0
+
+
+async def test_a_new_consent_keeps_the_model_and_not_what_the_old_one_was_for(
+    submit: Submit, own: Registry, make_worker: Callable[..., Worker], database: Database, wake: Wake
+) -> None:
+    async with working(make_worker()):
+        await until(database, wake, (await submit(keep_pictures=True)).id, "succeeded")
+        async with database.transaction() as session:
+            (await session.scalars(select(Consent))).one().expires_at = now()
+        second = await until(database, wake, (await submit(keep_pictures=True)).id, "succeeded")
+    assert await registry.expire(own) == 0
+    await leftovers.sweep_trainings(own.folder, database)
+    assert own.folder.trainings().keys() == {second.id}
+    assert len(own.folder.versions()) == 2
+
+
 async def test_a_loss_that_is_no_number_ends_it(
     submit: Submit, make_worker: Callable[..., Worker], database: Database, wake: Wake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
