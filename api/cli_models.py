@@ -185,7 +185,7 @@ def drawn_with(settings: Settings, request: GenerateRequest) -> tuple[ModelSourc
 async def picked_for(database: Database, request: GenerateRequest) -> Picked:
     """Returns the versions that draw a request of its user. Raises as `domain.models.pick` does."""
     async with database.reading() as session:
-        known = await own_models.known(session, [request.user_id])
+        known = await own_models.known(session, [(request.user_id, request)])
     return own_models.pick(known[request.user_id], request)
 
 

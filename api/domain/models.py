@@ -1,12 +1,11 @@
 """The registry: users' own models, their versions, and which of them draws a request."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import DEFAULT_USER, ModelSource
@@ -23,7 +22,7 @@ TOKEN = "sks"  # the rare word that whoever is learned answers to
 
 @dataclass(frozen=True)
 class Known:
-    """A version that a user has: whether it is the one that draws, since when, and whether it may."""
+    """A version that a user has."""
 
     model_id: str
     owner: str
@@ -32,9 +31,6 @@ class Known:
     version_id: str
     kind: str
     source: ModelSource  # of its base
-    published: bool
-    published_at: datetime | None
-    consented: bool
 
     @property
     def label(self) -> str:
@@ -42,35 +38,46 @@ class Known:
         return f"{self.owner}/{self.name}@{self.number}"
 
 
+Has = tuple[Model, ModelVersion | None, bool]
+"""A model that a user has, a version of it or none, and whether whoever it shows agrees to it."""
+
 Picked = Sequence[tuple[Known, float]]
 """Versions that draw a request, and how much each counts."""
 
 
-async def known(session: AsyncSession, user_ids: Collection[str]) -> dict[str, list[Known]]:
-    """Returns every version that these users have, by user."""
-    columns = (Model, ModelVersion.id, ModelVersion.number, ModelVersion.kind, ModelVersion.source, consented())
-    found = select(*columns).join(ModelVersion, ModelVersion.model_id == Model.id).where(Model.user_id.in_(user_ids))
-    versions = defaultdict[str, list[Known]](list)
-    for model, version_id, number, kind, source, may in await session.execute(found):
-        published = version_id == model.published_id
-        versions[model.user_id].append(
-            Known(
-                model.id,
-                model.user_id,
-                model.name,
-                number,
-                version_id,
-                kind,
-                ModelSource.model_validate(source),
-                published,
-                model.published_at if published else None,
-                may,
-            )
-        )
-    return versions
+async def known(session: AsyncSession, requests: Iterable[tuple[str, GenerateRequest]]) -> dict[str, list[Has]]:
+    """Returns what these users have that may draw their requests, by user: published versions, and what is named."""
+    users, names, numbers = set[str](), set[str](), set[int]()
+    for user_id, request in requests:
+        users.add(user_id)
+        for name, number in _wanted(request):
+            names.add(name)
+            if number is not None:
+                numbers.add(number)
+    may_draw = ModelVersion.id == Model.published_id
+    if numbers:  # all but never: without them each row is found by its key
+        may_draw = or_(may_draw, and_(_called(names), ModelVersion.number.in_(numbers)))
+    found = select(Model, ModelVersion, consented())
+    found = found.outerjoin(ModelVersion, and_(ModelVersion.model_id == Model.id, may_draw))
+    found = found.where(Model.user_id.in_(users), or_(Model.published_id.is_not(None), _called(names)))
+    has = defaultdict[str, list[Has]](list)
+    for model, version, may in await session.execute(found):
+        has[model.user_id].append((model, version, may))
+    return has
 
 
-def pick(known: Sequence[Known], request: GenerateRequest) -> Picked:
+def _called(names: Collection[str]) -> ColumnElement[bool]:
+    return or_(Model.name.in_(names), Model.id.in_(names))
+
+
+def _wanted(request: GenerateRequest) -> list[tuple[str, int | None]]:
+    """Returns the own models that a request names, and which version of each."""
+    if request.adapters:
+        return [(one.model, one.model_version) for one in request.adapters]
+    return [] if request.model is None else [(request.model, request.model_version)]
+
+
+def pick(has: Sequence[Has], request: GenerateRequest) -> Picked:
     """Returns the versions that draw `request`, of those that its user has; none where a configured model does.
 
     Raises:
@@ -79,7 +86,7 @@ def pick(known: Sequence[Known], request: GenerateRequest) -> Picked:
         ConsentMissing: whoever the model shows does not agree to it any more.
     """
     if request.adapters:
-        picked = [(_named(known, one.model, one.model_version), one.weight) for one in request.adapters]
+        picked = [(_named(has, one.model, one.model_version), one.weight) for one in request.adapters]
         if len({version.source for version, _ in picked}) > 1:
             raise InvalidRequest("the adapters are over different bases", "Name models of the same base.")
         if any(version.kind != "lora" for version, _ in picked):
@@ -88,25 +95,32 @@ def pick(known: Sequence[Known], request: GenerateRequest) -> Picked:
     if request.model == DEFAULT_USER:
         return []
     if request.model is not None:
-        return [(_named(known, request.model, request.model_version), 1.0)]
-    published = [version for version in known if version.published_at is not None and version.consented]
+        return [(_named(has, request.model, request.model_version), 1.0)]
+    published = [
+        (model, version) for model, version, may in has if may and version and version.id == model.published_id
+    ]
     if not published:
         return []
-    return [(max(published, key=lambda version: (version.published_at, version.version_id)), 1.0)]
+    return [(_known(*max(published, key=lambda own: (own[0].published_at, own[1].id))), 1.0)]
 
 
-def _named(known: Sequence[Known], name: str, number: int | None) -> Known:
-    versions = [version for version in known if name in (version.name, version.model_id)]
+def _named(has: Sequence[Has], name: str, number: int | None) -> Known:
+    versions = [own for own in has if name in (own[0].name, own[0].id)]
     if not versions:
         raise NotFound(f"there is no model {name} of this user", "GET /models lists them.")
-    if not versions[0].consented:
+    if not versions[0][2]:
         raise ConsentMissing(f"whoever {name} shows does not agree to it any more")
-    wanted = [version for version in versions if (version.published if number is None else version.number == number)]
-    if not wanted and number is None:
+    for model, version, _ in versions:
+        if version and (version.id == model.published_id if number is None else version.number == number):
+            return _known(model, version)
+    if number is None:
         raise InvalidRequest(f"no version of {name} is published", "Publish one, or name a model_version.")
-    if not wanted:
-        raise NotFound(f"{name} has no version {number}", "GET /models/{id}/versions lists them.")
-    return wanted[0]
+    raise NotFound(f"{name} has no version {number}", "GET /models/{id}/versions lists them.")
+
+
+def _known(model: Model, version: ModelVersion) -> Known:
+    source = ModelSource.model_validate(version.source)
+    return Known(model.id, model.user_id, model.name, version.number, version.id, version.kind, source)
 
 
 async def own_models(

@@ -140,7 +140,7 @@ class Desk:
         virtual_time, waiting = (await session.execute(select(Queue.virtual_time, queued))).one()
         today = any(quota.limits_days(user, self._settings) for user in users.values())
         used = await quota.used(session, users, today)
-        own = await models.known(session, users)
+        own = await models.known(session, [(order.user_id, order.request) for order in orders])
         return _Book(virtual_time, waiting, users, used, own, await _known(session, orders))
 
     async def _hold(self, session: AsyncSession, user_ids: set[str]) -> dict[str, User]:
@@ -227,7 +227,7 @@ class _Book:
     queued: int
     users: dict[str, User]
     used: dict[str, Used]
-    models: dict[str, list[models.Known]]
+    models: dict[str, list[models.Has]]
     known: dict[Same | None, Request]
     new: list[Request] = field(default_factory=list)
 

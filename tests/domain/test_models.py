@@ -13,7 +13,7 @@ from api.errors import InvalidRequest, ModelUnavailable, NotFound
 from api.schemas import AdapterChoice
 from api.store.database import Database
 from api.store.models import ModelFolder
-from api.store.tables import Model, Request, now
+from api.store.tables import Model, ModelVersion, Request, now
 from tests import builders
 from tests.own import add_model
 
@@ -80,6 +80,32 @@ async def test_what_a_user_does_not_have_is_refused(
         await drawn_by(desk, **fields)
     with pytest.raises(NotFound):
         await drawn_by(desk, model=bo.id)
+
+
+async def test_a_model_without_a_version_is_told_from_none(desk: Desk, database: Database, folder: ModelFolder) -> None:
+    model, version = await add_model(database, folder, "eve", "eve")
+    async with database.transaction() as session:
+        await session.delete(await session.get_one(ModelVersion, version.id))
+        (await session.get_one(Model, model.id)).published_id = None
+    with pytest.raises(InvalidRequest, match="no version of eve is published"):
+        await drawn_by(desk, model="eve")
+    with pytest.raises(NotFound, match="no version 1"):
+        await drawn_by(desk, model="eve", model_version=1)
+    assert (await drawn_by(desk)).versions is None
+
+
+async def test_no_more_versions_are_read_than_a_request_may_mean(database: Database, folder: ModelFolder) -> None:
+    for name in ("eve", "style"):
+        for _ in range(3):
+            await add_model(database, folder, "eve", name)
+
+    async def read(**fields: Any) -> list[tuple[str, int | None]]:
+        async with database.reading() as session:
+            has = await models.known(session, [("eve", builders.request(user_id="eve", **fields))])
+        return sorted((model.name, version.number if version else None) for model, version, _ in has["eve"])
+
+    assert await read() == [("eve", 3), ("style", 3)]
+    assert await read(model="style", model_version=1) == [("eve", 3), ("style", 1), ("style", 3)]
 
 
 @pytest.mark.parametrize("ended", [{"revoked_at": now()}, {"expires_at": now() - timedelta(seconds=1)}])
