@@ -33,7 +33,7 @@ def make_delta(
     base: Annotated[str, typer.Option(help="The model that it was trained from, as in USER_MODELS.")],
     rank: Annotated[int, typer.Option(min=1, max=128, help="Of the factors: more is closer, larger and slower.")] = 32,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw with both; say what it was trained on. [of `sks person`]")
+        list[str] | None, typer.Option(help="What to draw with both; say what it was trained on \\[of `sks person`].")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File [DATA_DIR/deltas/USER.safetensors].")

@@ -1,6 +1,5 @@
 """`sitter models`: users' own models and their versions, straight in the registry, beside a running server."""
 
-import os
 import shutil
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -124,8 +123,6 @@ def export_version(
 
     with errors_for_people():
         require_place(output, ".safetensors", "a model's file")
-        # What comes with torch then speaks to developers, as ModelService knows, too.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         model, path, converted = _run(work)
         with written(output) as part:
             shutil.copyfile(path, part) if converted is None else part.write_bytes(converted)

@@ -16,9 +16,10 @@ from sqlalchemy import select
 
 from api.cli_models import label, picked_for
 from api.cli_people import caller, errors_for_people, progress, require_place, to_people, told_to_end, written
-from api.config import DEFAULT_USER, USER_ID, ModelSource, Settings, load_settings
+from api.config import USER_ID, Settings, load_settings
 from api.domain import history, leftovers, registry, trainings
 from api.domain.history import ENDED, Seen
+from api.domain.models import base_named
 from api.domain.photos import LEAST, MOST, MOST_BYTES, MOST_FILES, Chosen, choose
 from api.domain.policy import STATEMENT, STATEMENTS
 from api.domain.trainings import TrainingOrder
@@ -107,7 +108,8 @@ def train_sitter(
         if output is not None:
             require_place(output, ".safetensors", "a model's file")
         settings = load_settings(log_level="error")
-        order = _order(settings, asked, _chosen(pictures))
+        base_source = base_named(settings, asked.base)
+        order = TrainingOrder.of(asked, asked.user_id or name, _chosen(pictures), base_source, caller().name)
         done = asyncio.run(_train(settings, order, _Wishes(force, sheet, output)))
     if not done:
         to_people.print(
@@ -141,28 +143,6 @@ def _chosen(folder: Path) -> Chosen:
 def _read(file: Path) -> bytes:
     with file.open("rb") as opened:
         return opened.read(MOST_BYTES + 1)  # enough to see that it is too large
-
-
-def _order(settings: Settings, asked: TrainingRequest, chosen: Chosen) -> TrainingOrder:
-    verdicts = [{"name": name, "good": reason is None, "reason": reason} for name, reason in chosen.verdicts]
-    return TrainingOrder(
-        asked.user_id or asked.name,
-        asked.name,
-        asked.class_noun,
-        chosen.photos,
-        verdicts,
-        _base(settings, asked.base),
-        caller().name,
-        **asked.model_dump(exclude={"name", "class_noun", "consent", "user_id", "base"}),
-    )
-
-
-def _base(settings: Settings, named: str | None) -> ModelSource:
-    """Returns the base to train over: a configured one as it is configured, or any other."""
-    if named is None:
-        return settings.source_for(DEFAULT_USER).without_lora().itself()
-    configured = {source.base: source.without_lora().itself() for source in settings.user_models.values()}
-    return configured.get(named, ModelSource(base=named))
 
 
 async def _train(settings: Settings, order: TrainingOrder, wishes: _Wishes) -> bool:
@@ -210,7 +190,7 @@ async def _job(service: Service, order: TrainingOrder, again: bool) -> Request:
 
 def _key(order: TrainingOrder) -> str:
     """Tells what is asked for from every other training of the user."""
-    asked = (order.name, order.consent_days, order.parameters(), [photo.sha256 for photo in order.photos])
+    asked = (order.name, order.consent_days, order.parameters(), [photo.sha256 for photo in order.chosen.photos])
     return f"cli:{sha256(repr(asked).encode())}"
 
 

@@ -1,10 +1,7 @@
 """`sitter users`, `sitter keys`, `sitter audit`: accounts, straight in the database, beside a running server."""
 
-import asyncio
-import getpass
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Annotated, TypeVar
 
 import typer
@@ -13,14 +10,14 @@ from rich.markup import escape
 from rich.table import Column, Table
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.cli_people import console, errors_for_people, to_people
+from api.cli_people import caller, console, errors_for_people, in_database, to_people
 from api.config import load_settings
 from api.domain import accounts, admin
 from api.domain import audit as audit_log
 from api.domain import keys as api_keys
 from api.domain import users as all_users
 from api.domain.passwords import Passwords
-from api.store.database import Database, migrate
+from api.store.database import Database
 from api.store.vault import load_vault
 from api.wire.accounts import NewKey
 from api.wire.admin import NewUser, OwnLimits, UserChange
@@ -52,7 +49,7 @@ def add_user(
 
         async def work(session: AsyncSession) -> None:
             hashed = await Passwords().hash(password.get_secret_value()) if password else None
-            await all_users.add_user(session, _actor(), new, hashed)
+            await all_users.add_user(session, caller().name, new, hashed)
 
         _change(work)
     to_people.print(f"{escape(name)} is there. A key for programs: sitter keys add {escape(name)}")
@@ -67,7 +64,7 @@ def set_password(name: Name, password_stdin: FromStdin = False) -> None:
 
         async def work(session: AsyncSession) -> None:
             hashed = await Passwords().hash(password.get_secret_value())
-            await all_users.change_user(session, _actor(), name, change, hashed)
+            await all_users.change_user(session, caller().name, name, change, hashed)
 
         _change(work)
     to_people.print("The password is set.")
@@ -91,7 +88,7 @@ def list_users() -> None:
                 return
 
     with errors_for_people():
-        _run(work)
+        in_database(load_settings(), work)
     console.print(table)
 
 
@@ -141,7 +138,7 @@ def limit_user(
                 table.add_row(limit, str(state.limit or "none"), "", "")
 
     with errors_for_people():
-        _run(work)
+        in_database(load_settings(), work)
     console.print(table)
 
 
@@ -159,7 +156,7 @@ def add_key(
         new = NewKey.model_validate({"name": label, "days": days, **({"scopes": scope} if scope else {})})
 
         async def work(session: AsyncSession) -> str:
-            made = await api_keys.add_key(session, _actor(), name, new.name, new.scopes, new.days)
+            made = await api_keys.add_key(session, caller().name, name, new.name, new.scopes, new.days)
             return made.key
 
         print(_change(work))
@@ -179,7 +176,7 @@ def list_keys(name: Name) -> None:
                 table.add_row(key.id, escape(key.name), key.prefix, " ".join(key.scopes), *times, ended)
 
     with errors_for_people():
-        _run(work)
+        in_database(load_settings(), work)
     console.print(table)
 
 
@@ -188,7 +185,7 @@ def revoke_key(name: Name, key_id: Annotated[str, typer.Argument(metavar="ID", h
     """End an API key at once."""
 
     async def work(session: AsyncSession) -> None:
-        await api_keys.revoke_key(session, _actor(), name, key_id)
+        await api_keys.revoke_key(session, caller().name, name, key_id)
 
     with errors_for_people():
         _change(work)
@@ -207,27 +204,12 @@ def verify_audit(
         return await audit_log.verify(database, known)
 
     with errors_for_people():
-        found = _run(work)
+        found = in_database(load_settings(), work)
     if found.wrong is not None:
         to_people.print(f"The audit was tampered with: {found.wrong}. The {found.lines} lines before are whole.")
         raise typer.Exit(1)
     console.print(f"{found.lines} lines, whole. The last hash:")
     print(found.head)
-
-
-def _run(work: Callable[[Database], Awaitable[T]]) -> T:
-    """Returns what `work` does with the database, brought to this version's tables."""
-    settings = load_settings()
-    migrate(settings.database)
-
-    async def opened() -> T:
-        database = Database(settings.database)
-        try:
-            return await work(database)
-        finally:
-            await database.close()
-
-    return asyncio.run(opened())
 
 
 def _change(work: Callable[[AsyncSession], Awaitable[T]]) -> T:
@@ -237,12 +219,12 @@ def _change(work: Callable[[AsyncSession], Awaitable[T]]) -> T:
         async with database.transaction() as session:
             return await work(session)
 
-    return _run(changed)
+    return in_database(load_settings(), changed)
 
 
 def _set(name: str, change: UserChange) -> None:
     async def work(session: AsyncSession) -> None:
-        await all_users.change_user(session, _actor(), name, change, None)
+        await all_users.change_user(session, caller().name, name, change, None)
 
     with errors_for_people():
         _change(work)
@@ -252,10 +234,3 @@ def _password(from_stdin: bool) -> SecretStr:
     if from_stdin:
         return SecretStr(sys.stdin.readline().rstrip("\r\n"))
     return SecretStr(typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
-
-
-def _actor() -> str:
-    """Returns who runs the command, for the audit."""
-    with suppress(OSError, KeyError):  # a container's user may have no name
-        return f"cli:{getpass.getuser()}"
-    return "cli"

@@ -340,10 +340,14 @@ def _hash_of(own: Sequence[tuple[OwnModel, float]]) -> str | None:
     return hashlib.sha256(repr([(one.sha256, weight) for one, weight in own]).encode()).hexdigest()
 
 
+def quiet_libraries() -> None:
+    """Keeps what comes with torch from warning: that is for developers. To be called before it is imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")  # what an operator needs arrives as an exception
+
+
 def _start(settings: Settings) -> "tuple[Engine, Shelf]":
-    # Their warnings speak to developers; what an operator needs arrives as an exception. Read at import.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    quiet_libraries()
     try:
         from api.engine.engine import Engine
 

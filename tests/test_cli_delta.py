@@ -60,3 +60,8 @@ def test_only_whole_models_have_deltas(base_folder: Path) -> None:
     assert done.exit_code == 1
     assert "bo has a LoRA" in done.stderr
     assert "nobody has no model" in sitter("nobody", "--base", str(base_folder)).stderr
+
+
+def test_its_help_says_what_it_draws_with() -> None:
+    words = sitter("--help").stdout.replace("│", " ").split()
+    assert "[of `sks person`]" in " ".join(words)

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.config import DEFAULT_USER, ModelSource
+from api.config import DEFAULT_USER, ModelSource, Settings
 from api.domain.policy import ConsentMissing, consented
 from api.engine.own import OwnModel
 from api.errors import InvalidRequest, ModelUnavailable, NotFound
@@ -192,3 +192,29 @@ def next_number(model: Model) -> int:
     """Returns what the next version of a model is called, which the transaction holds; no number comes twice."""
     model.last_number = (model.last_number or 0) + 1
     return model.last_number
+
+
+def base_named(settings: Settings, name: str | None, user_id: str | None = None) -> ModelSource:
+    """Returns the base that a model is trained over, or sent for; that of `default` if none is named.
+
+    Args:
+        settings: where bases are configured.
+        name: what it is called there.
+        user_id: whose model it is: what is everybody's or theirs will do. None is the operator: any base will.
+
+    Raises:
+        InvalidRequest: there is no such base.
+    """
+    if name is None:
+        return settings.source_for(DEFAULT_USER).without_lora().itself()
+    owners = settings.owners()  # a whole model that is one user's alone is no base for others
+    configured = {
+        source.base: source.without_lora().itself()
+        for source in settings.user_models.values()
+        if user_id is None or owners.get(source.base, user_id) == user_id
+    }
+    if name not in configured and user_id is None:
+        return ModelSource(base=name)
+    if name not in configured:
+        raise InvalidRequest(f"there is no base {name}", f"There are {', '.join(sorted(configured))}.")
+    return configured[name]

@@ -17,7 +17,7 @@ from api.domain.policy import ConsentMissing, consented
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
 from api.errors import Conflict, InvalidRequest, ModelUnavailable, NotFound, SitterError
-from api.model_service import ModelService
+from api.model_service import ModelService, quiet_libraries
 from api.store import tables
 from api.store.database import Database
 from api.store.models import CHECKPOINT, WEIGHTS, ModelFolder
@@ -138,6 +138,7 @@ async def as_kohya(file: Path) -> bytes:
     """Returns a LoRA with kohya's keys. Raises InvalidRequest when it is none that has them."""
 
     def convert() -> bytes:
+        quiet_libraries()
         from api.engine.kohya import to_kohya  # torch comes with it
 
         return to_kohya(file)

@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from api.domain import audit, jobs, quota
 from api.domain.generate import Studio
 from api.domain.jobs import QUEUED, RUNNING, Claim, Progress
 from api.domain.models import TOKEN, next_number, open_model, own_models
-from api.domain.photos import Photo
+from api.domain.photos import Chosen
 from api.domain.policy import ConsentMissing, consented, granted
 from api.engine.lesson import Lesson
 from api.errors import (
@@ -35,6 +35,7 @@ from api.store.database import Database
 from api.store.models import WEIGHTS, ModelFolder, sha256
 from api.store.tables import Model, ModelVersion, Queue, Request, Usage, User, new_id, now
 from api.store.vault import Vault
+from api.wire.models import TrainingRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,8 +59,7 @@ class TrainingOrder:
     user_id: str
     name: str
     class_noun: str
-    photos: Sequence[Photo]
-    verdicts: Sequence[dict[str, Any]]  # of every picture that came, as the wire shows them
+    chosen: Chosen
     source: ModelSource  # of the base
     granted_by: str
     consent_days: int | None = None
@@ -73,6 +73,21 @@ class TrainingOrder:
     keep_pictures: bool = False
     webhook_url: str | None = None
     idempotency_key: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        asked: TrainingRequest,
+        user_id: str,
+        chosen: Chosen,
+        source: ModelSource,
+        granted_by: str,
+        idempotency_key: str | None = None,
+    ) -> "TrainingOrder":
+        """Returns the order for what was asked for, from photos that were chosen, over that base."""
+        rest = asked.model_dump(exclude={"name", "class_noun", "consent", "user_id", "base"})
+        given = (user_id, asked.name, asked.class_noun, chosen, source, granted_by)
+        return cls(*given, idempotency_key=idempotency_key, **rest)
 
     def parameters(self) -> dict[str, Any]:
         """Returns what the job has to know."""
@@ -98,7 +113,7 @@ async def submit(
     """
     job_id = new_id()
     try:
-        await anyio.to_thread.run_sync(folder.keep_photos, job_id, (photo.png for photo in order.photos))
+        await anyio.to_thread.run_sync(folder.keep_photos, job_id, (photo.png for photo in order.chosen.photos))
         async with database.transaction() as session:
             job = await _accept(session, settings, vault, order, job_id)
     except DatabaseUnavailable:
@@ -119,7 +134,8 @@ async def _accept(
     user = await session.get(User, order.user_id, with_for_update=True)
     if user is None:
         raise NotFound(f"there is no user {order.user_id}")
-    photos = [photo.sha256 for photo in order.photos]
+    photos = [photo.sha256 for photo in order.chosen.photos]
+    verdicts = [{"name": name, "good": reason is None, "reason": reason} for name, reason in order.chosen.verdicts]
     body = repr((order.name, order.parameters(), photos, order.webhook_url)).encode()
     if order.idempotency_key is not None:
         same = select(Request).where(Request.user_id == user.id, Request.idempotency_key == order.idempotency_key)
@@ -145,7 +161,7 @@ async def _accept(
         kind="train",
         description=f"{model.name}: {model.token}",
         parameters=order.parameters() | {"model": model.id, "consent": consent.id},
-        training={"pictures": list(order.verdicts)},
+        training={"pictures": verdicts},
         model_id=f"{user.id}/{model.name}",
         webhook_url=order.webhook_url,
         idempotency_key=order.idempotency_key,

@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from api.config import DEFAULT_USER, ModelSource, Settings
 from api.errors import InvalidRequest, StorageFull, StorageUnavailable
 
 Fields = TypeVar("Fields", bound=BaseModel)
@@ -66,22 +65,3 @@ def uploads(form: FormData, name: str) -> list[UploadFile]:
     if len(files) < len(sent):
         raise InvalidRequest(f"{name} is a file", f"With curl: -F {name}=@FILE.")
     return files
-
-
-def base_named(settings: Settings, name: str | None, user_id: str) -> ModelSource:
-    """Returns a configured base that is everybody's or this user's, that of `default` if none is named.
-
-    Raises:
-        InvalidRequest: there is no such base.
-    """
-    if name is None:
-        return settings.source_for(DEFAULT_USER).without_lora().itself()
-    owners = settings.owners()  # a whole model that is one user's alone is no base for others
-    configured = {
-        source.base: source.without_lora().itself()
-        for source in settings.user_models.values()
-        if owners.get(source.base, user_id) == user_id
-    }
-    if name not in configured:
-        raise InvalidRequest(f"there is no base {name}", f"There are {', '.join(sorted(configured))}.")
-    return configured[name]

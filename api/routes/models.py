@@ -8,6 +8,7 @@ from starlette.datastructures import FormData
 
 from api.config import UserId
 from api.domain import registry, uploads
+from api.domain.models import base_named
 from api.domain.uploads import Place, UploadOrder
 from api.errors import InvalidRequest
 from api.routes import forms
@@ -60,7 +61,7 @@ async def add_model(http: Request, service: ServiceDep, caller: CallerDep, respo
             user_id,
             request.name,
             request.class_noun,
-            forms.base_named(service.settings, request.base, user_id),
+            base_named(service.settings, request.base, user_id),
             caller.name,
             request.consent_days,
         )

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData
 
 from api.domain import history, photos, trainings
-from api.domain.photos import MOST_BYTES, MOST_FILES, Chosen
+from api.domain.models import base_named
+from api.domain.photos import MOST_BYTES, MOST_FILES
 from api.domain.policy import STATEMENT, STATEMENTS
 from api.domain.trainings import TrainingOrder
 from api.domain.wake import Wake
@@ -56,17 +57,8 @@ async def make_training(
         await service.pictures.require_room()
         chosen = await anyio.to_thread.run_sync(photos.choose, _files(form), limiter=_one_at_a_time)
     chosen.require_enough()
-    order = TrainingOrder(
-        user_id,
-        request.name,
-        request.class_noun,
-        chosen.photos,
-        _verdicts(chosen),
-        forms.base_named(service.settings, request.base, user_id),
-        caller.name,
-        idempotency_key=idempotency_key,
-        **request.model_dump(exclude={"name", "class_noun", "consent", "user_id", "base"}),
-    )
+    base = base_named(service.settings, request.base, user_id)
+    order = TrainingOrder.of(request, user_id, chosen, base, caller.name, idempotency_key)
     job = await trainings.submit(service.settings, service.database, service.vault, service.folder, order)
     service.wake.wake(Wake.QUEUE)
     response.headers["Location"] = f"/jobs/{job.id}"
@@ -92,7 +84,3 @@ def _files(form: FormData) -> Iterator[tuple[str, bytes]]:
         yield from photos.in_archive(archive.file)
     for upload in sent:
         yield upload.filename or "", upload.file.read(MOST_BYTES + 1)
-
-
-def _verdicts(chosen: Chosen) -> list[dict[str, Any]]:
-    return [{"name": name, "good": reason is None, "reason": reason} for name, reason in chosen.verdicts]

@@ -73,10 +73,7 @@ def submit(
 ) -> Submit:
     """Asks for a training of Eve."""
     chosen = choose((f"{seed}.png", stored(picture(seed))) for seed in range(3))
-    verdicts = [{"name": name, "good": reason is None, "reason": reason} for name, reason in chosen.verdicts]
-    asked = TrainingOrder(
-        "eve", "eve", "person", chosen.photos, verdicts, builders.source(base_folder), "owner", steps=STEPS, rank=2
-    )
+    asked = TrainingOrder("eve", "eve", "person", chosen, builders.source(base_folder), "owner", steps=STEPS, rank=2)
 
     async def ask(**fields: Any) -> Request:
         job = await trainings.submit(settings, database, vault, folder, replace(asked, **fields))

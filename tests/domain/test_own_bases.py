@@ -2,8 +2,8 @@
 
 import pytest
 
+from api.domain.models import base_named
 from api.errors import InvalidRequest
-from api.routes.forms import base_named
 from tests import builders
 
 USERS = {
@@ -24,3 +24,9 @@ def test_a_whole_model_of_one_user_is_no_base_for_others() -> None:
     with pytest.raises(InvalidRequest) as refused:
         base_named(settings, "chis", "bo")
     assert "chis" not in refused.value.hint
+
+
+def test_the_operator_may_name_any_base() -> None:
+    settings = builders.settings(USERS)
+    assert base_named(settings, "chis") == builders.source("chis")
+    assert base_named(settings, "elsewhere") == builders.source("elsewhere")
