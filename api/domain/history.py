@@ -93,7 +93,7 @@ async def changed(wake: Wake, database: Database, caller: Caller, seen: Seen) ->
 
 @dataclass(frozen=True)
 class _Line:
-    """The queue before a job."""
+    """The queue before a job, of its kind: drawings and trainings have places of their own."""
 
     position: int | None  # 1 is next; None for a job that does not wait, or stands behind more than FARTHEST
     ahead: int | None  # the work of the jobs before it, those that run included; None behind more than FARTHEST
@@ -116,13 +116,15 @@ def _line_before() -> Select[Any]:
     priority: BindParameter[int] = bindparam("priority")
     start_tag: BindParameter[int] = bindparam("start_tag")
     job_id: BindParameter[str] = bindparam("id")
+    kind: BindParameter[str] = bindparam("kind")
     same = Request.priority == priority
     sooner = or_(
         Request.priority > priority,
         and_(same, Request.start_tag < start_tag),
         and_(same, Request.start_tag == start_tag, Request.id < job_id),
     )
-    first = select(Request.work).where(QUEUED, sooner).limit(FARTHEST + 1).subquery()  # not all: they may be thousands
+    before = select(Request.work).where(QUEUED, Request.kind == kind, sooner)
+    first = before.limit(FARTHEST + 1).subquery()  # not all: they may be thousands
     ahead = select(func.count(), func.sum(first.c.work)).select_from(first).subquery()
     running = select(func.sum(Request.work)).where(RUNNING).subquery()
     pace = _pace_now()
@@ -140,7 +142,7 @@ async def _line(session: AsyncSession, job: Request) -> _Line:
     if job.status == "running":
         seconds, work, sharing = (await session.execute(PACE, {"worker": job.worker})).one()
         return _Line(None, 0, _pace(seconds, work), max(1, sharing))
-    place = {"priority": job.priority, "start_tag": job.start_tag, "id": job.id}
+    place = {"priority": job.priority, "start_tag": job.start_tag, "id": job.id, "kind": job.kind}
     seconds, work, count, before, begun = (await session.execute(LINE_BEFORE, place)).one()
     if count > FARTHEST:
         return _Line(None, None, _pace(seconds, work))

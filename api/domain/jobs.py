@@ -163,12 +163,14 @@ async def _next(
 def _may_begin(draws: bool, trains: bool, alone: bool) -> ColumnElement[bool]:
     """Returns which jobs a worker may have next. Of two trainings of one model the second waits."""
     trained = aliased(Request)
-    running = exists().where(trained.status == literal_column("'running'"), trained.model_id == Request.model_id)
-    training = and_(Request.kind == "train", ~running.where(trained.kind == "train"))
-    drawing = Request.kind == "draw"
-    if not alone:
-        drawing = and_(drawing, Request.crashes == 0)
-    return or_(*([drawing] if draws else []), *([training] if trains else []))
+    of_model = trained.parameters["model"].as_string() == Request.parameters["model"].as_string()  # names change
+    running = exists().where(trained.status == literal_column("'running'"), of_model)
+    # Joined so that no database finds rows by their kinds and then sorts thousands of them: they lie in their order.
+    return and_(
+        *([] if draws and trains else [Request.kind == ("draw" if draws else "train")]),
+        *([or_(Request.kind == "draw", ~running.where(trained.kind == "train"))] if trains else []),
+        *([] if alone else [or_(Request.kind == "train", Request.crashes == 0)]),
+    )
 
 
 def _begin(job: Request, worker: str) -> Claim:

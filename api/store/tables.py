@@ -166,6 +166,7 @@ class Request(Table):
             text("priority DESC"),
             "start_tag",
             "id",
+            "kind",
             "work",
             sqlite_where=text("status = 'queued'"),
             postgresql_where=text("status = 'queued'"),

@@ -41,3 +41,13 @@ async def test_a_look_reads_no_more_than_it_shows(database: Database, status: st
     assert set(re.findall(r"FROM (\w+)", " ".join(statements))) == tables
     assert (seen.job.status, len(seen.images)) == (status, 2 if status == "succeeded" else 0)
     assert seen.position == (1 if status == "queued" else None)
+
+
+async def test_drawings_and_trainings_have_places_of_their_own(database: Database) -> None:
+    """Trainings that wait hold no drawing up: a share of the device is theirs."""
+    for _ in range(3):
+        await enqueue(database, "eve", kind="train", work=0)
+    drawings = [await enqueue(database, "ada", start_tag=tag) for tag in (1, 2)]
+    training = await enqueue(database, "ada", kind="train", work=0, start_tag=3)
+    places = [(await history.find(database, caller("ada"), job_id)).position for job_id in (*drawings, training)]
+    assert places == [1, 2, 4]

@@ -206,6 +206,18 @@ async def test_of_two_trainings_of_a_model_the_second_waits(submit: Submit, data
     assert await take(database) is None
 
 
+async def test_the_second_training_of_a_model_waits_whatever_it_is_called(
+    submit: Submit, own: Registry, database: Database
+) -> None:
+    first = await submit()
+    assert (await taken(database)).job.id == first.id
+    await registry.rename(own, EVE, first.parameters["model"], "renamed")
+    await submit(name="renamed")
+    another = await submit()  # another model, by the name that is free again
+    assert (await taken(database)).job.id == another.id
+    assert await take(database) is None
+
+
 async def test_a_worker_trains_one_at_a_time_and_draws_meanwhile(
     submit: Submit, desk: Desk, make_worker: Callable[..., Worker], database: Database, wake: Wake
 ) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -22,6 +23,7 @@ from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from api.domain.history import LINE_BEFORE
 from api.domain.jobs import ORDER
 from api.errors import DatabaseUnavailable, SitterError, StorageFull
 from api.store import database as module
@@ -68,11 +70,16 @@ async def test_migrates_to_the_tables_of_the_code_and_again_to_the_same(empty_da
     await database.close()
 
 
-async def test_pictures_of_before_the_lanes_were_drawn_by_the_stock_call(empty_database_url: str) -> None:
+def before(url: str, revision: str) -> None:
+    """Makes the tables as they were after that migration."""
     config = Config()
     config.set_main_option("script_location", str(module.MIGRATIONS))
-    config.attributes["url"] = empty_database_url
-    command.upgrade(config, "0002")
+    config.attributes["url"] = url
+    command.upgrade(config, revision)
+
+
+async def test_pictures_of_before_the_lanes_were_drawn_by_the_stock_call(empty_database_url: str) -> None:
+    before(empty_database_url, "0002")
     database = Database(empty_database_url)
     statuses = ("queued", "running", "succeeded", "failed", "cancelled")
     columns = [column._copy() for column in Request.__table__.columns if column.name not in ("kind", "reached")]
@@ -149,6 +156,16 @@ async def test_the_queue_is_read_in_the_order_of_its_index(migrated_sqlite: Path
     connection.close()
     assert len(steps) == 1
     assert "requests_queued" in steps[0]
+
+
+def test_places_in_the_queue_are_counted_in_its_index(postgresql: PostgreSQL, migrated_postgresql: str) -> None:
+    query = LINE_BEFORE.params(priority=0, start_tag=0, id="", kind="draw")
+    dialect = create_engine("postgresql+psycopg://").dialect
+    plan = query.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+    with postgresql.database(template=migrated_postgresql) as name, psycopg.connect(postgresql.url(name)) as connection:
+        connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")  # it is empty
+        steps = [row[0] for row in connection.execute(f"EXPLAIN {plan}".encode())]
+    assert any("Index Only Scan using requests_queued" in step for step in steps), steps
 
 
 async def test_errors_name_no_values(database: Database) -> None:
