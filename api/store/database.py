@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from api.errors import Contended, DatabaseUnavailable, SitterError, StorageFull
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+TRIES = 5  # to migrate
 BUSY_SECONDS = 30.0  # how long a writer waits for another: of another process it may be long, SQLite knows no queue
 POOL_SECONDS = 10.0
 LOCKED = "others kept the database locked for too long"
@@ -167,6 +168,17 @@ def _make_private(file: Path) -> None:
         raise DatabaseUnavailable(f"its {what} cannot be made: {error.strerror}", FOLDER_HINT) from error
 
 
+def _insist(change: Callable[[], None]) -> None:
+    """Changes the tables, again where a server that runs held what this waited for and the reverse: it was undone."""
+    for left in reversed(range(TRIES)):
+        try:
+            with _our_errors(lambda: None):
+                return change()
+        except Contended:
+            if not left:
+                raise
+
+
 def migrate(url: str) -> None:
     """Brings the database at `url` to this version's tables, making the file and its folder if need be.
 
@@ -185,8 +197,7 @@ def migrate(url: str) -> None:
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["url"] = url
     try:
-        with _our_errors(lambda: None):
-            command.upgrade(config, "head")
+        _insist(lambda: command.upgrade(config, "head"))
     except DatabaseUnavailable as error:  # the operator reads this one: with what the driver says
         said = getattr(error.__cause__, "orig", None)
         reason = f"{error.detail}: {str(said).splitlines()[0]}" if said else error.detail

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +78,49 @@ def before(url: str, revision: str) -> None:
     config.set_main_option("script_location", str(module.MIGRATIONS))
     config.attributes["url"] = url
     command.upgrade(config, revision)
+
+
+@contextmanager
+def migrating(url: str, server: psycopg.Connection[Any], lock: str) -> Iterator[psycopg.Connection[Any]]:
+    """Migrates meanwhile; begins once that waits for a `lock`, as `pg_locks` calls it, and ends with the migration."""
+    waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = %s"
+    with ThreadPoolExecutor() as threads, psycopg.connect(url, autocommit=True) as looking:
+        done = threads.submit(migrate, url)
+        try:
+            while looking.execute(waits, (lock,)).fetchone() == (0,):
+                assert not done.done(), "it waited for nothing"
+                time.sleep(0.01)
+            yield looking
+        finally:
+            server.rollback()
+        done.result()
+
+
+def test_a_server_that_runs_and_a_migration_do_not_wait_for_each_other(postgresql: PostgreSQL) -> None:
+    """The server ends a queued job, whose user's later ones move up: requests first, then users."""
+    with postgresql.database() as name:
+        before(url := postgresql.url(name), "0005")
+        with psycopg.connect(url) as server:
+            server.execute("UPDATE requests SET revision = revision + 1")
+            with migrating(url, server, "AccessExclusiveLock") as looking:
+                held = looking.execute("SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass")
+                assert held.fetchone() == (0,)
+                server.execute("UPDATE users SET finish_tag = 0")
+                server.commit()
+        assert differences(url) == []
+
+
+def test_a_migration_that_was_undone_is_tried_again(postgresql: PostgreSQL) -> None:
+    """As beside a server to which a new user comes: users first, then requests."""
+    with postgresql.database() as name:
+        before(url := postgresql.url(name), "0005")
+        with psycopg.connect(url) as server:
+            server.execute("SET deadlock_timeout = '1h'")  # of the two it is the migration that is undone
+            server.execute("UPDATE users SET finish_tag = 0")
+            with migrating(url, server, "ShareRowExclusiveLock"):
+                server.execute("SELECT count(*) FROM requests")
+                server.commit()
+        assert differences(url) == []
 
 
 async def test_pictures_of_before_the_lanes_were_drawn_by_the_stock_call(empty_database_url: str) -> None:

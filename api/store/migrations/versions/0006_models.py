@@ -9,6 +9,13 @@ down_revision = "0005"
 
 def upgrade() -> None:
     """Makes the tables; requests may train, and tell which versions drew; pictures remember them."""
+    # Requests, then pictures, then users, whom the tables refer to: a server that runs takes their locks so, too.
+    op.add_column("requests", sa.Column("kind", sa.String(length=10), nullable=False, server_default="draw"))
+    op.add_column("requests", sa.Column("reached", sa.Integer(), nullable=False, server_default="0"))
+    op.add_column("requests", sa.Column("versions", sa.JSON(), nullable=True))
+    op.add_column("requests", sa.Column("training", sa.JSON(), nullable=True))
+    op.add_column("images", sa.Column("base_hash", sa.String(length=64), nullable=True))
+    op.add_column("images", sa.Column("version_hash", sa.String(length=64), nullable=True))
     op.create_table(
         "models",
         sa.Column("id", sa.String(length=28), nullable=False),
@@ -58,9 +65,3 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("ix_consents_model_id", "consents", ["model_id"], unique=False)
-    op.add_column("requests", sa.Column("kind", sa.String(length=10), nullable=False, server_default="draw"))
-    op.add_column("requests", sa.Column("reached", sa.Integer(), nullable=False, server_default="0"))
-    op.add_column("requests", sa.Column("versions", sa.JSON(), nullable=True))
-    op.add_column("requests", sa.Column("training", sa.JSON(), nullable=True))
-    op.add_column("images", sa.Column("base_hash", sa.String(length=64), nullable=True))
-    op.add_column("images", sa.Column("version_hash", sa.String(length=64), nullable=True))
