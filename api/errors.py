@@ -221,6 +221,14 @@ class DatabaseUnavailable(SitterError):
     retry_after_seconds = 5
 
 
+class DatabaseNewer(SitterError):
+    """A newer version has changed the tables: what it means by their rows is not known here."""
+
+    status = 503
+    code = "database_newer"
+    hint = "Bring this installation to the version of those that use the same database, and start it again."
+
+
 class Contended(DatabaseUnavailable):
     """Two writers waited for each other, and the database undid what this one had begun."""
 

@@ -24,7 +24,7 @@ from api.domain.submit import Desk
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer
 from api.domain.worker import Worker
-from api.errors import DeviceLost, EngineUnavailable
+from api.errors import DatabaseNewer, DatabaseUnavailable, DeviceLost, EngineUnavailable
 from api.model_service import ModelService
 from api.store.database import Database, migrate
 from api.store.files import PictureFolder
@@ -34,6 +34,7 @@ from api.store.vault import Vault, load_vault
 MakeModels = Callable[[Settings], ModelService]
 Chore = Callable[[], Awaitable[None]]
 DEVICE_SECONDS = 2.0  # between looks at the device
+NEWER_SECONDS = 5.0  # between looks at whose tables the database has
 AGAIN_SECONDS = 1.0  # until a chore is begun anew
 log = structlog.get_logger()
 GRACEFUL_SECONDS = 7  # under the 10 that container runtimes wait before they kill
@@ -123,6 +124,7 @@ async def working(service: Service, slots: int) -> AsyncIterator[None]:
         partial(leftovers.keep_swept, service.registry),
         partial(once.keep_forgetting, service.database),
         partial(privacy.keep_forgetting, service.database, service.models),
+        partial(_end_beside_newer, service),
     ]
     if slots:
         chores += [partial(service.worker.run, slots), partial(_end_without_device, service)]
@@ -148,6 +150,20 @@ async def _end_without_device(service: Service) -> None:
             os._exit(1)
         except EngineUnavailable:
             return  # it never started: readiness says so, and so does each job
+
+
+async def _end_beside_newer(service: Service) -> None:
+    """Ends the process once a newer version has changed the tables: it would draw, and accept, what it misreads."""
+    while True:
+        await asyncio.sleep(NEWER_SECONDS)
+        try:
+            await service.database.require_known()
+        except DatabaseUnavailable as error:
+            log.warning(error.code, reason=error.detail)
+        except DatabaseNewer as error:
+            log.error(error.code, reason=error.detail, hint=error.hint)
+            await service.worker.stop(GRACEFUL_SECONDS)
+            os._exit(1)
 
 
 async def _keep_up(chore: Chore) -> None:

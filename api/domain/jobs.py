@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from api.errors import SitterError
-from api.store.database import Database
+from api.store.database import Database, require_known
 from api.store.tables import Delivery, Image, ImageTag, Moment, Queue, Request, Usage, User, now
 
 # As literals: only so do both databases see that an index of the queued or running rows alone will do.
@@ -106,6 +106,9 @@ async def claim(
         trains: whether a training may come besides, one at most.
         alone: whether it has no training in hand that a worker died of: it could be the next one's end, so that the
             jobs which wait to be drawn alone wait for its end, and others go first.
+
+    Raises:
+        DatabaseNewer: nothing was taken: a newer version may mean something by these jobs that is not known here.
     """
     claims: list[Claim] = []
     async with database.transaction() as session:
@@ -131,6 +134,8 @@ async def claim(
             claims.append(_begin(job, worker))
             if suspect:
                 break
+        if claims:
+            await require_known(session)  # last: whoever wrote them had changed the tables before
     return claims
 
 

@@ -26,6 +26,7 @@ from api.domain.metrics import Metrics
 from api.domain.wake import Wake
 from api.errors import (
     Cancelled,
+    DatabaseNewer,
     DatabaseUnavailable,
     DeadlinePassed,
     DeviceLost,
@@ -201,17 +202,20 @@ class Worker:
         settings = self._settings
         with _going_on():
             await self._studio.pictures.require_room()
-            return await jobs.claim(
-                self._database,
-                self._name,
-                self._studio.models.warm(),
-                settings.warm_first_seconds,
-                settings.limit_running,
-                most,
-                idle=not self._drawings(),
-                alone=not any(job.is_training and job.claim.job.crashes for job in self._in_hand.values()),
-                trains=self._may_train(),
-            )
+            try:
+                return await jobs.claim(
+                    self._database,
+                    self._name,
+                    self._studio.models.warm(),
+                    settings.warm_first_seconds,
+                    settings.limit_running,
+                    most,
+                    idle=not self._drawings(),
+                    alone=not any(job.is_training and job.claim.job.crashes for job in self._in_hand.values()),
+                    trains=self._may_train(),
+                )
+            except DatabaseNewer:
+                self.drain()  # the process is about to end, and says why
         return []
 
     def _drawings(self) -> int:

@@ -6,15 +6,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from sqlalchemy import event
+from sqlalchemy import column, event, select, table
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from api.errors import Contended, DatabaseUnavailable, SitterError, StorageFull
+from api.errors import Contended, DatabaseNewer, DatabaseUnavailable, SitterError, StorageFull
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+HEAD = max(file.name[:4] for file in MIGRATIONS.glob("versions/[0-9]*.py"))  # the newest that this version knows
 TRIES = 5  # to migrate
 BUSY_SECONDS = 30.0  # how long a writer waits for another: of another process it may be long, SQLite knows no queue
 POOL_SECONDS = 10.0
@@ -107,9 +108,25 @@ class Database:
             async with self._sessions() as session:
                 yield session
 
+    async def require_known(self) -> None:
+        """Raises DatabaseNewer when a newer version has changed the tables meanwhile."""
+        async with self.reading() as session:
+            await require_known(session)
+
     async def close(self) -> None:
         """Ends every connection."""
         await self._engine.dispose()
+
+
+async def require_known(session: AsyncSession) -> None:
+    """Raises DatabaseNewer when the tables that a session sees are those of a newer version."""
+    check_known(await session.scalar(select(column("version_num")).select_from(table("alembic_version"))))
+
+
+def check_known(revision: str | None) -> None:
+    """Raises DatabaseNewer when this version does not know a migration that was made."""
+    if revision is not None and revision > HEAD:
+        raise DatabaseNewer(f"the database is that of a newer version (tables {revision}, here {HEAD})")
 
 
 @contextmanager
@@ -186,6 +203,7 @@ def migrate(url: str) -> None:
 
     Raises:
         DatabaseUnavailable: it cannot be reached or written to.
+        DatabaseNewer: it has those of a newer version.
     """
     from alembic import command  # a tenth of a second that the start of a server shall not wait for
     from alembic.config import Config

@@ -7,6 +7,7 @@ import signal
 
 import httpx2
 import pytest
+from sqlalchemy import text
 
 from tests.chaos.stage import SCALE, Stage, eventually
 from tests.e2e.server import free_port
@@ -119,3 +120,17 @@ async def test_a_process_whose_device_fails_puts_its_job_back_and_ends(stage: St
     assert (job.status, job.crashes, job.error_code) == ("queued", 1, None)  # three of them are the end
     stage.worker(lease_seconds=30)
     await stage.until(job_id, "succeeded")
+
+
+async def test_a_worker_beside_a_newer_version_puts_its_job_back_and_ends(stage: Stage) -> None:
+    pid = stage.worker(faults={"GRACEFUL_SECONDS": 0.1, "NEWER_SECONDS": 0.1}, lease_seconds=30)
+    job_id = await stage.submit(num_inference_steps=LONG)
+    await until_drawing(stage, job_id)
+    async with stage.database.transaction() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    assert await stage.end_of(pid) == 1
+    assert "the database is that of a newer version" in stage.log
+    job = await stage.job(job_id)
+    assert (job.status, job.crashes) == ("queued", 0)
+    assert await stage.end_of(stage.worker()) == 1, "nor does it begin"
+    assert "Traceback" not in stage.log

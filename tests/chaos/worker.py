@@ -223,6 +223,7 @@ def run(order: dict[str, Any]) -> int:
         (crashes, "MAX_CRASHES"),
         (postgresql, "IDLE_SECONDS"),
         (wiring, "GRACEFUL_SECONDS"),
+        (wiring, "NEWER_SECONDS"),
         (serving, "GRACEFUL_SECONDS"),
     ]
     for module, name in constants:

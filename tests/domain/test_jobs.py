@@ -4,12 +4,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from api.domain import jobs
 from api.domain.jobs import Finished, Progress
-from api.errors import BadPicture, StorageFull
+from api.errors import BadPicture, DatabaseNewer, StorageFull
 from api.store.database import Database
 from api.store.tables import Delivery, Image, ImageTag, Queue, Request, Usage, User, now
 from tests import rows
@@ -118,6 +118,15 @@ async def test_claims_at_once_hold_the_cap(database: Database, other: Database) 
         await enqueue(database, "ada", start_tag=number)
     claims = await asyncio.gather(*(take((database, other)[number % 2], max_running=2) for number in range(10)))
     assert len([claim for claim in claims if claim]) == 2
+
+
+async def test_nothing_is_claimed_of_a_newer_versions_tables(database: Database) -> None:
+    job_id = await enqueue(database, "ada")
+    async with database.transaction() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(DatabaseNewer):
+        await taken(database)
+    assert (await look(database, job_id)).status == "queued"
 
 
 # Fencing

@@ -19,6 +19,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, create_engine, delete, func, insert, select, text, update
 from sqlalchemy import Table as Core
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
@@ -27,7 +28,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from api.domain.history import LINE_BEFORE
 from api.domain.jobs import ORDER
-from api.errors import DatabaseUnavailable, SitterError, StorageFull
+from api.errors import DatabaseNewer, DatabaseUnavailable, SitterError, StorageFull
 from api.store import database as module
 from api.store import postgresql as postgresql_module
 from api.store.database import Database, migrate
@@ -70,6 +71,20 @@ async def test_migrates_to_the_tables_of_the_code_and_again_to_the_same(empty_da
     async with database.reading() as session:
         assert (await session.scalars(select(Queue.virtual_time))).all() == [0]
     await database.close()
+
+
+async def test_the_newest_migration_is_known_without_alembic(database: Database) -> None:
+    assert ScriptDirectory(str(module.MIGRATIONS)).get_heads() == [module.HEAD]
+    await database.require_known()
+
+
+async def test_the_tables_of_a_newer_version_are_left_alone(database_url: str, database: Database) -> None:
+    async with database.transaction() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(DatabaseNewer, match="9999"):
+        migrate(database_url)
+    with pytest.raises(DatabaseNewer):
+        await database.require_known()
 
 
 def before(url: str, revision: str) -> None:

@@ -5,6 +5,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
+from api.store.database import check_known
 from api.store.tables import Table
 
 LOCK = 5_117_031  # any number, the same in every process
@@ -29,4 +30,5 @@ with engine.begin() as connection:
     if not sqlite:  # two processes that start together migrate one after the other
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
     context.configure(connection=connection, target_metadata=Table.metadata, render_as_batch=True)
+    check_known(context.get_context().get_current_revision())
     context.run_migrations()
