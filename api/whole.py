@@ -3,6 +3,8 @@
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # exFAT, some network disks
@@ -23,12 +25,21 @@ def write_whole(path: Path, data: bytes, mode: int, prefix: str, replace: bool =
         FileExistsError: it is there already and `replace` is false.
         OSError: it cannot be written; what was there before is.
     """
+    with whole_file(path, mode, prefix, replace) as part:
+        part.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: Path, mode: int, prefix: str, replace: bool = True) -> Iterator[Path]:
+    """Gives an empty file to be written in the block; at its end it is `path`, as `write_whole` says."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".part")
+    os.close(handle)
     part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield part
+        with os.fdopen(
+            os.open(part, os.O_RDONLY), "rb"
+        ) as file:  # what has its name now: some writers put another there
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         if replace:

@@ -4,6 +4,8 @@ import copy
 import errno
 import hashlib
 import json
+import os
+import re
 import struct
 import threading
 from collections.abc import Hashable, Iterator, Mapping
@@ -14,12 +16,13 @@ from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
 from api.errors import ModelUnavailable, SitterError
-from api.whole import write_whole
+from api.whole import whole_file
 
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # what safetensors says of one
 NOTE = "sitter_note"  # in the metadata of what `save_whole` writes
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -173,7 +176,18 @@ def save_whole(tensors: Mapping[str, torch.Tensor], file: Path, note: str | None
         OSError: it cannot be written; what was there before is.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, save(dict(tensors), None if note is None else {NOTE: note}), mode=0o600, prefix=".")
+    with whole_file(file, mode=0o600, prefix=".") as part:
+        write_tensors(tensors, part, None if note is None else {NOTE: note})
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, without having it in memory besides. Raises OSError."""
+    try:
+        save_file(dict(tensors), file, metadata)
+    except SafetensorError as error:
+        told = SYSTEM_ERROR.search(str(error))
+        number = int(told[1]) if told else errno.EIO
+        raise OSError(number, os.strerror(number), str(file)) from error
 
 
 def load_noted(file: Path, note: str | None = None) -> dict[str, torch.Tensor] | None:

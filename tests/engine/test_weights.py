@@ -1,3 +1,4 @@
+import errno
 import gc
 import json
 import pickle
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from api.engine.weights import MAX_TENSORS, TensorPool, loading, read_header, storages_of, tensors_of
+from api.engine.weights import (
+    MAX_TENSORS,
+    TensorPool,
+    load_noted,
+    loading,
+    read_header,
+    save_whole,
+    storages_of,
+    tensors_of,
+    write_tensors,
+)
 from api.errors import ModelUnavailable, OutOfMemory
 from tests import builders
 
@@ -188,6 +199,18 @@ def test_our_own_errors_and_want_of_memory_stay_what_they_are(error: Exception) 
     with pytest.raises(type(error)) as caught, loading("models/ada", Path("/srv/models/ada")):
         raise error
     assert caught.value is error
+
+
+def test_tensors_are_written_whole_or_it_is_told_why(tmp_path: Path) -> None:
+    file, tensors = tmp_path / "state.safetensors", {"a": torch.arange(9.0)}
+    save_whole(tensors, file, "note")
+    assert load_noted(file, "other") is None
+    assert torch.equal((load_noted(file, "note") or {})["a"], tensors["a"])
+    assert file.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(OSError, match="No such file") as caught:
+        write_tensors(tensors, tmp_path / "nowhere" / "x")
+    assert caught.value.errno == errno.ENOENT
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 class Small(nn.Module):
