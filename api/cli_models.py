@@ -15,8 +15,9 @@ from api.config import ModelSource, Settings, load_settings
 from api.domain import models as own_models
 from api.domain import registry
 from api.domain.models import Picked
-from api.domain.registry import Registry
+from api.domain.registry import Kept, Registry
 from api.domain.wake import Wake
+from api.domain.zips import zipped
 from api.engine.own import OwnModel
 from api.errors import NotFound
 from api.model_service import ModelService
@@ -108,26 +109,46 @@ def roll_back(name: Name, user: Owner = None) -> None:
 @models.command("export")
 def export_version(
     name: Name,
-    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.safetensors; one that is there is replaced.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="FILE.safetensors, FILE.zip of a whole model; what is there is replaced."),
+    ],
     user: Owner = None,
     version: Annotated[int | None, typer.Option(min=1, max=LARGEST, help="Which (the published one).")] = None,
     kohya: Annotated[bool, typer.Option("--kohya", help="With kohya's keys, for A1111 and ComfyUI.")] = False,
 ) -> None:
     """Write a version's weights to a file: a LoRA that diffusers loads, say."""
 
-    async def work(own: Registry) -> tuple[Model, Path, bytes | None]:
+    async def work(own: Registry) -> Model:
         model = await _named(own, name, user)
         with _lists_versions(name, user):
-            path, _ = await registry.file_of(own, caller(), model.id, version)
-        return model, path, await registry.as_kohya(path) if kohya else None
+            kept = await registry.weights_of(own, caller(), model.id, version)
+        require_place(output, ending(kept.file is None), "a model's file")
+        await write_model(kept, output, await registry.as_kohya(kept) if kohya else None)
+        return model
 
     with errors_for_people():
-        require_place(output, ".safetensors", "a model's file")
-        model, path, converted = _run(work)
-        with written(output) as part:
-            shutil.copyfile(path, part) if converted is None else part.write_bytes(converted)
+        model = _run(work)
         of = escape(label(model, version or model.version))
         to_people.print(f"{escape(str(output))}: {of}{', with kohya’s keys' if kohya else ''}", soft_wrap=True)
+
+
+def ending(whole: bool) -> str:
+    """Returns how the name of a file ends that a model is written to."""
+    return ".zip" if whole else ".safetensors"
+
+
+async def write_model(kept: Kept, output: Path, converted: bytes | None = None) -> None:
+    """Writes a version's weights, as they are or `converted`. Raises StorageUnavailable."""
+    with written(output) as part:
+        if converted is not None:
+            part.write_bytes(converted)
+        elif kept.file is not None:
+            shutil.copyfile(kept.file, part)
+        else:
+            with part.open("wb") as file:
+                async for data in zipped(kept.files, kept.made):
+                    file.write(data)
 
 
 @models.command("revoke")

@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from rich.markup import escape
 from sqlalchemy import select
 
-from api.cli_models import label, picked_for
+from api.cli_models import ending, label, picked_for, write_model
 from api.cli_people import caller, errors_for_people, progress, require_place, to_people, told_to_end, written
 from api.config import USER_ID, Settings, load_settings
 from api.domain import history, leftovers, registry, trainings
@@ -25,9 +24,9 @@ from api.domain.policy import STATEMENT, STATEMENTS
 from api.domain.trainings import TrainingOrder
 from api.errors import Cancelled, Forbidden, InvalidRequest, NotFound, from_code
 from api.schemas import GenerateRequest
-from api.store.models import sha256
+from api.store.models import SAMPLE, sha256
 from api.store.tables import Request
-from api.wire.models import MOST_RANK, MOST_STEPS, NOUN, Model, TrainingRequest, Version
+from api.wire.models import MOST_RANK, MOST_STEPS, NOUN, Kind, Model, TrainingRequest, Version
 from api.wiring import Service, open_service, working
 
 CTRL_C = 130  # the exit code of every command that it ends
@@ -52,6 +51,7 @@ def train_sitter(
     user: Annotated[str | None, typer.Option(help="Whose it shall be (the model's name).", show_default=False)] = None,
     class_noun: Annotated[str, typer.Option("--class", help="What they are: person, dog…")] = "person",
     base: Annotated[str | None, typer.Option(help="The model to train over (that of `default`).")] = None,
+    kind: Annotated[Kind, typer.Option(help="A LoRA, or a whole model: every weight learns.")] = "lora",
     steps: Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Of training (the base's own).")] = None,
     rank: Annotated[int | None, typer.Option(min=1, max=MOST_RANK, help="Of the factors [16].")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed trains the same model.")] = 0,
@@ -70,7 +70,10 @@ def train_sitter(
         Path | None, typer.Option(help="Where its samples go [NAME.png; NAME-VERSION.png where that is taken].")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="FILE.safetensors to write its LoRA to as well.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="FILE.safetensors to write its LoRA to as well; FILE.zip of a whole model."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Train anew what was trained before.")] = False,
 ) -> None:
@@ -94,6 +97,7 @@ def train_sitter(
             consent_days=consent_days,
             user_id=user or name,
             base=base,
+            kind=kind,
             steps=steps,
             rank=rank,
             seed=seed,
@@ -106,7 +110,7 @@ def train_sitter(
         if sheet is not None:
             require_place(sheet, ".png", "a picture")
         if output is not None:
-            require_place(output, ".safetensors", "a model's file")
+            require_place(output, ending(kind == "full"), "a model's file")
         settings = load_settings(log_level="error")
         base_source = base_named(settings, asked.base)
         order = TrainingOrder.of(asked, asked.user_id or name, _chosen(pictures), base_source, caller().name)
@@ -204,7 +208,7 @@ async def _made(service: Service, job: Request) -> tuple[Model, Version] | None:
         made = [one for one in await registry.versions(own, caller(), model_id) if one.job_id == job.id]
         if not made or model.status == "revoked":
             return None
-        await registry.file_of(own, caller(), model_id, made[0].version)
+        await registry.weights_of(own, caller(), model_id, made[0].version)
     except NotFound:
         return None
     return model, made[0]
@@ -242,7 +246,7 @@ async def _tell(service: Service, job: Request, wishes: _Wishes) -> None:
         raise Cancelled("the training was cancelled, or its model erased", "Say the same again to begin anew.")
     model, version = made
     to_people.print(escape(f"{label(model, version.version)} {_scores(version)}"), soft_wrap=True)
-    names = sorted(name for name in version.files if name.startswith("sample-"))
+    names = sorted(name for name in version.files if name.startswith(SAMPLE))
     files = [await registry.file_of(service.registry, caller(), model.id, version.version, name) for name in names]
     samples = _side_by_side([path.read_bytes() for path, _ in files])
     sheet = wishes.sheet or _free_place(model.name, version.version, samples)
@@ -250,10 +254,10 @@ async def _tell(service: Service, job: Request, wishes: _Wishes) -> None:
         part.write_bytes(samples)
     to_people.print(escape(f"{sheet}: {len(names)} samples"), soft_wrap=True)
     if wishes.weights is not None:
-        path, _ = await registry.file_of(service.registry, caller(), model.id, version.version)
-        with written(wishes.weights) as part:
-            shutil.copyfile(path, part)
-        to_people.print(escape(f"{wishes.weights}: its LoRA"), soft_wrap=True)
+        kept = await registry.weights_of(service.registry, caller(), model.id, version.version)
+        await write_model(kept, wishes.weights)
+        what = "its LoRA" if version.kind == "lora" else "the folder of the whole model"
+        to_people.print(escape(f"{wishes.weights}: {what}"), soft_wrap=True)
     for line in await _what_now(service, model, version):
         to_people.print(escape(line), soft_wrap=True)
 

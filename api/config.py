@@ -197,6 +197,11 @@ class Settings(BaseSettings):
         le=0.9,
         description="Share of the device's time that trainings have while something is drawn; all of it otherwise.",
     )
+    full_training: bool = Field(
+        default=False,
+        description="Let users train whole models (`kind=full`), too: for each weight that takes 16 bytes of memory "
+        "and up to 28 of DATA_DIR's disk, and 2 to keep it.",
+    )
     host_cache_gb: float = Field(
         default=0.0,
         ge=0,

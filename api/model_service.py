@@ -217,9 +217,10 @@ class ModelService:
             check()
 
         # Without a turn, which others would wait for: in use besides the bases that have theirs.
-        with self._shelf.lease(source.without_lora()) as model:
-            return self._shelf.retried_without_idle(  # the second time it goes on from its last state
-                lambda: self.engine.train(model.base, source.without_lora(), lesson, folder, report, still_wanted)
+        base, shelf = source.without_lora(), self._shelf
+        with shelf.lease(base) as model, shelf.reserved(self.engine.training_bytes(model.base, base, lesson)):
+            return shelf.retried_without_idle(  # the second time it goes on from its last state
+                lambda: self.engine.train(model.base, base, lesson, folder, report, still_wanted)
             )
 
     def lease(self, source: ModelSource) -> AbstractContextManager[LeasedModel]:

@@ -27,6 +27,7 @@ def make_scheduler() -> DPMSolverMultistepScheduler:
         _training_guidance=GUIDANCE,
         _shorter_side=SHORTER_SIDE,
         _training_rate=2.5e-3,
+        _training_full_rate=2.5e-4,
         _training_steps=160,
         _training_own=6,
         _training_prior=2,

@@ -1,7 +1,6 @@
 """One's own data: taken along as a ZIP file, or erased from everywhere."""
 
 import asyncio
-import io
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -9,9 +8,8 @@ from contextlib import aclosing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZipFile
 
-import anyio
 import anyio.to_thread
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,16 +19,16 @@ from api.domain.accounts import Caller
 from api.domain.registry import Registry
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
+from api.domain.zips import Pipe, added, entry
 from api.errors import DatabaseUnavailable, NotFound
 from api.model_service import ModelService
 from api.store import tables
 from api.store.database import Database
 from api.store.files import PictureFolder
-from api.store.tables import Answer, Audit, Request, Usage, User, now
+from api.store.tables import Answer, Audit, Request, Usage, User
 from api.store.vault import Vault
 
 ROWS_AT_ONCE = 200
-BYTES_AT_ONCE = 256 * 1024
 ERASED = "user.erased"  # in the audit
 FORGET_SECONDS = 5.0  # between looks for users that other processes erased
 END_SECONDS = 10.0  # that jobs under way are given to stop
@@ -44,28 +42,6 @@ USAGE = ("request_id", "images", "steps", "seconds", "cost", "created_at")
 
 Page = Callable[[AsyncSession, str], Awaitable[list[tuple[str, dict[str, Any]]]]]
 """A session and the id after which to begin → some of (id, record); none at the end."""
-
-
-class _Pipe(io.RawIOBase):
-    """What ZipFile has written and nobody has taken yet. It cannot seek, so that ZipFile does not try to."""
-
-    def __init__(self) -> None:
-        self._written = bytearray()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._written += data
-        return len(data)
-
-    def tell(self) -> int:
-        raise OSError("this is a stream")
-
-    def take(self) -> bytes:
-        taken = bytes(self._written)
-        self._written.clear()
-        return taken
 
 
 async def export(
@@ -96,10 +72,10 @@ async def _zip(
     user: User,
     theirs: list[dict[str, Any]],
 ) -> AsyncIterator[bytes]:
-    pipe = _Pipe()
+    pipe = Pipe()
     with ZipFile(pipe, "w") as archive:
-        archive.writestr(_entry("account.json"), _json({name: getattr(user, name) for name in ACCOUNT}))
-        archive.writestr(_entry("keys.json"), _json(theirs))
+        archive.writestr(entry("account.json"), _json({name: getattr(user, name) for name in ACCOUNT}))
+        archive.writestr(entry("keys.json"), _json(theirs))
         lists: dict[str, Page] = {
             "requests.json": _requests(vault, caller, user.id),
             "images.json": _images(pictures, vault, caller, user.id),
@@ -123,7 +99,7 @@ async def _zip(
     yield pipe.take()
 
 
-async def _models(own: Registry, archive: ZipFile, pipe: _Pipe, caller: Caller, user_id: str) -> AsyncGenerator[bytes]:
+async def _models(own: Registry, archive: ZipFile, pipe: Pipe, caller: Caller, user_id: str) -> AsyncGenerator[bytes]:
     """Writes the records of a user's own models with all versions, and the files of those."""
     models = [model for model in await registry.page(own, caller, user_id) if model.status != "configured"]
     made = {model.id: await registry.versions(own, caller, model.id) for model in models}
@@ -131,7 +107,7 @@ async def _models(own: Registry, archive: ZipFile, pipe: _Pipe, caller: Caller, 
         model.model_dump(mode="json") | {"made": [version.model_dump(mode="json") for version in made[model.id]]}
         for model in models
     ]
-    archive.writestr(_entry("models.json"), _json(records))
+    archive.writestr(entry("models.json"), _json(records))
     for model in models:
         for version in made[model.id]:
             for name in version.files:
@@ -143,10 +119,10 @@ async def _models(own: Registry, archive: ZipFile, pipe: _Pipe, caller: Caller, 
                             yield part
 
 
-async def _list(database: Database, archive: ZipFile, pipe: _Pipe, name: str, page: Page) -> AsyncGenerator[bytes]:
+async def _list(database: Database, archive: ZipFile, pipe: Pipe, name: str, page: Page) -> AsyncGenerator[bytes]:
     """Writes the records of all pages as one JSON list."""
     last, mark = "", "[\n"
-    with archive.open(_entry(name), "w") as file:
+    with archive.open(entry(name), "w") as file:
         while True:
             async with database.reading() as session:
                 records = await page(session, last)
@@ -161,16 +137,11 @@ async def _list(database: Database, archive: ZipFile, pipe: _Pipe, name: str, pa
     yield pipe.take()
 
 
-async def _file(path: Path, archive: ZipFile, pipe: _Pipe, name: str, made: datetime) -> AsyncGenerator[bytes]:
-    try:
-        file = await anyio.open_file(path, "rb")
-    except FileNotFoundError:
-        return  # its record says so
-    async with file:
-        with archive.open(_entry(name, made, ZIP_STORED), "w", force_zip64=True) as entry:
-            while data := await file.read(BYTES_AT_ONCE):
-                entry.write(data)
-                yield pipe.take()
+async def _file(path: Path, archive: ZipFile, pipe: Pipe, name: str, made: datetime) -> AsyncGenerator[bytes]:
+    with suppress(FileNotFoundError):  # its record says so
+        async with aclosing(added(path, archive, pipe, name, made)) as parts:
+            async for part in parts:
+                yield part
 
 
 def _requests(vault: Vault, caller: Caller, user_id: str) -> Page:
@@ -220,14 +191,6 @@ async def _pictures(database: Database, user_id: str, last: str) -> list[tuple[s
     found = columns.where(tables.Image.user_id == user_id, tables.Image.id > last).order_by(tables.Image.id)
     async with database.reading() as session:
         return [(row[0], row[1], row[2]) for row in await session.execute(found.limit(ROWS_AT_ONCE))]
-
-
-def _entry(name: str, made: datetime | None = None, compression: int = ZIP_DEFLATED) -> ZipInfo:
-    moment = made or now()
-    info = ZipInfo(name, (max(1980, moment.year), *moment.timetuple()[1:6]))
-    info.compress_type = compression
-    info.external_attr = 0o600 << 16
-    return info
 
 
 def _json(value: Any) -> str:

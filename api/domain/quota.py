@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import Settings
 from api.errors import LimitReached
-from api.store.tables import Request, Usage, User, insert_new, now
+from api.store.tables import Model, ModelVersion, Request, Usage, User, insert_new, now
 from api.wire.accounts import LimitName
 
 PER_DAY: tuple[LimitName, ...] = ("images_per_day", "steps_per_day")
@@ -116,6 +116,22 @@ def check(user: User, used: Used, settings: Settings, images: int, steps: int) -
         room = states[name].left
         if room is not None and number > room:
             _refuse(name, states[name], number)
+
+
+async def require_space(session: AsyncSession, settings: Settings, user_id: str, more: int = 0) -> None:
+    """Raises LimitReached when a user's own models take more bytes than one may keep, or would with `more`.
+
+    The transaction holds the user's row. What a training makes may go beyond it once: nobody knows its size before.
+    """
+    theirs = select(func.sum(ModelVersion.bytes)).join(Model, Model.id == ModelVersion.model_id)
+    held = int(await session.scalar(theirs.where(Model.user_id == user_id)) or 0)
+    most = int(settings.limit_models_gb * 1e9)
+    if most and held + more > most:
+        this = f", this one {more / 1e9:.1f}" if more else ""
+        raise LimitReached(
+            f"your models take {held / 1e9:.1f} GB{this}, and {most / 1e9:.1f} may be kept",
+            "Erase one that is not needed: DELETE /models/{id}.",
+        )
 
 
 def _refuse(name: LimitName, state: Left, wanted: int) -> None:

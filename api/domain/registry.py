@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import anyio.to_thread
@@ -20,7 +21,7 @@ from api.errors import Conflict, InvalidRequest, ModelUnavailable, NotFound, Sit
 from api.model_service import ModelService, quiet_libraries
 from api.store import tables
 from api.store.database import Database
-from api.store.models import CHECKPOINT, WEIGHTS, ModelFolder
+from api.store.models import SAMPLE, ModelFolder, model_files
 from api.store.tables import Consent, ModelVersion, Request, User, now
 from api.wire.models import ConsentRecord, Model, Version
 
@@ -107,35 +108,63 @@ async def publish(registry: Registry, caller: Caller, model_id: str, number: int
         return (await _described(session, [model]))[0]
 
 
-async def file_of(
-    registry: Registry, caller: Caller, model_id: str, number: int | None = None, name: str = WEIGHTS
-) -> tuple[Path, str]:
-    """Returns a file of a version, of the published one if no number is given, and its SHA-256.
+@dataclass(frozen=True)
+class Kept:
+    """What a version is loaded from: a file of weights, or those of a whole model's folder, by their names in it."""
+
+    files: dict[str, Path]
+    sha256: str
+    made: datetime
+
+    @property
+    def file(self) -> Path | None:
+        """The only one; None for a folder."""
+        return next(iter(self.files.values())) if len(self.files) == 1 else None
+
+
+async def weights_of(registry: Registry, caller: Caller, model_id: str, number: int | None = None) -> Kept:
+    """Returns what a version is loaded from, the published one if no number is given. Raises as `file_of` does."""
+    version = await _agreed(registry, caller, model_id, number)
+    files = {name: await _file(registry, version, name) for name in model_files(version.files)}
+    return Kept(files, version.sha256, version.created_at)
+
+
+async def file_of(registry: Registry, caller: Caller, model_id: str, number: int, name: str) -> tuple[Path, str]:
+    """Returns a file of a version, and its SHA-256.
 
     Raises:
         NotFound: there is no such file that the caller may see, or no version is published.
         ConsentMissing: whoever it shows does not agree to it any more.
     """
+    version = await _agreed(registry, caller, model_id, number)
+    return await _file(registry, version, name), version.files[name]
+
+
+async def _agreed(registry: Registry, caller: Caller, model_id: str, number: int | None) -> ModelVersion:
+    """Returns a version that whoever it shows agrees to, the published one if no number is given."""
     async with registry.database.reading() as session:
         model = await _get(session, caller, model_id)
         await _require_consent(session, model)
-        if number is None:
-            published = await session.get(ModelVersion, model.published_id or "")
-            if published is None:
-                raise NotFound("no version of this model is published", "Name a version.")
-            version = published
-        else:
-            version = await _numbered(session, model, number)
-    if name == WEIGHTS and CHECKPOINT in version.files:
-        name = CHECKPOINT
+        if number is not None:
+            return await _numbered(session, model, number)
+        published = await session.get(ModelVersion, model.published_id or "")
+        if published is None:
+            raise NotFound("no version of this model is published", "Name a version.")
+        return published
+
+
+async def _file(registry: Registry, version: ModelVersion, name: str) -> Path:
     path = registry.folder.file_of(version.id, name)
     if name not in version.files or not await anyio.to_thread.run_sync(path.is_file):
         raise NotFound("this file of the model is not there")
-    return path, version.files[name]
+    return path
 
 
-async def as_kohya(file: Path) -> bytes:
+async def as_kohya(kept: Kept) -> bytes:
     """Returns a LoRA with kohya's keys. Raises InvalidRequest when it is none that has them."""
+    file = kept.file
+    if file is None:
+        raise InvalidRequest("this model has no such form: it is a whole one", "Take it as it is.")
 
     def convert() -> bytes:
         quiet_libraries()
@@ -349,7 +378,7 @@ def _configured(settings: Settings, user: str) -> Model:
 
 def _version(model: tables.Model, version: ModelVersion) -> Version:
     here = f"/models/{model.id}/versions/{version.number}"
-    samples = sorted(name for name in version.files if name != WEIGHTS)
+    samples = sorted(name for name in version.files if name.startswith(SAMPLE))
     return Version(
         version=version.number,
         published=version.id == model.published_id,

@@ -1,9 +1,8 @@
 """Trainings: photos and a consent become a job, and the job a version of the user's own model."""
 
 import io
-import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
@@ -16,14 +15,15 @@ from api.config import ModelSource, Settings
 from api.domain import audit, jobs, quota
 from api.domain.generate import Studio
 from api.domain.jobs import QUEUED, RUNNING, Claim, Progress
-from api.domain.models import TOKEN, next_number, open_model, own_models
+from api.domain.made import LEARNED, Made, make
+from api.domain.models import next_number, open_model, own_models
 from api.domain.photos import Chosen
 from api.domain.policy import ConsentMissing, consented, granted
-from api.engine.lesson import Lesson
 from api.errors import (
     Busy,
     Cancelled,
     DatabaseUnavailable,
+    Forbidden,
     KeyReused,
     LimitReached,
     NotAuthenticated,
@@ -32,10 +32,10 @@ from api.errors import (
     SitterError,
 )
 from api.store.database import Database
-from api.store.models import WEIGHTS, ModelFolder, sha256
+from api.store.models import ModelFolder, model_sha256
 from api.store.tables import Model, ModelVersion, Queue, Request, Usage, User, new_id, now
 from api.store.vault import Vault
-from api.wire.models import TrainingRequest
+from api.wire.models import Kind, TrainingRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 PREVIEW_SIDE = 256  # pixels
-LEARNED = ("steps", "rank", "seed", "flip", "resolution", "train_text_encoder", "prior_preservation")  # of a lesson
 CURVE_POINTS = 100  # of the loss that are kept
 Tell = Callable[[Progress], None]
 Check = Callable[[], None]
@@ -63,6 +62,7 @@ class TrainingOrder:
     source: ModelSource  # of the base
     granted_by: str
     consent_days: int | None = None
+    kind: Kind = "lora"
     steps: int | None = None
     rank: int | None = None
     seed: int = 0
@@ -103,6 +103,7 @@ async def submit(
     Once this returns, the model will be trained, whatever happens to the server.
 
     Raises:
+        Forbidden: whole models are not trained here.
         KeyReused: that Idempotency-Key came with another training.
         LimitReached: a limit of the user is used up.
         Busy: the whole queue is full.
@@ -111,6 +112,8 @@ async def submit(
         InvalidRequest: the model of that name shows something else than that class.
         StorageFull, StorageUnavailable, DatabaseUnavailable: nothing was accepted.
     """
+    if order.kind == "full" and not settings.full_training:
+        raise Forbidden("whole models are not trained here", "Train a LoRA, or have the operator set FULL_TRAINING.")
     job_id = new_id()
     try:
         await anyio.to_thread.run_sync(folder.keep_photos, job_id, (photo.png for photo in order.chosen.photos))
@@ -151,6 +154,7 @@ async def _accept(
     used = await quota.used(session, [user.id])
     quota.check(user, used[user.id], settings, images=0, steps=0)
     await _require_place(session, settings, user.id)
+    await quota.require_space(session, settings, user.id)
     model = await open_model(session, user.id, order.name, order.class_noun)
     consent = granted(model, order.granted_by, order.consent_days, photos)
     session.add(consent)
@@ -207,7 +211,7 @@ async def learn(studio: Studio, claim: Claim, tell: Tell, beat: Beat, check: Che
     await beat()
     version = await _version_of(studio.database, claim.job)
     if version is None:
-        made = await anyio.to_thread.run_sync(_learn, studio, claim.job, told, check, limiter=threads)
+        made = await anyio.to_thread.run_sync(make, studio, claim.job, told.report, check, limiter=threads)
         told.phase("publishing")
         await beat()
         version = await _add_version(studio, claim, made)
@@ -271,7 +275,7 @@ async def _model_of(session: AsyncSession, job: Request) -> Model:
     return model
 
 
-async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVersion:
+async def _add_version(studio: Studio, claim: Claim, made: Made) -> ModelVersion:
     """Keeps what was made; nothing draws with it yet. Raises Cancelled when somebody else has the job."""
     version_id, job = new_id(), claim.job
     await anyio.to_thread.run_sync(studio.folder.keep, version_id, made.files)
@@ -285,12 +289,12 @@ async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVers
                 id=version_id,
                 model_id=model.id,
                 number=next_number(model),
-                kind="lora",
+                kind=job.parameters.get("kind", "lora"),
                 source=job.parameters["source"],
                 base_hash=made.base_hash,
-                sha256=sha256(made.files[WEIGHTS]),
-                files={name: sha256(content) for name, content in made.files.items()},
-                bytes=sum(map(len, made.files.values())),
+                sha256=model_sha256(made.hashes),
+                files=made.hashes,
+                bytes=made.bytes,
                 parameters=made.parameters,
                 scores=made.scores,
                 refusal=made.refusal,
@@ -303,38 +307,6 @@ async def _add_version(studio: Studio, claim: Claim, made: "_Made") -> ModelVers
         await anyio.to_thread.run_sync(studio.folder.delete, version_id)
         raise
     return version
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What a training made: the files of a version, and what is known of it."""
-
-    files: dict[str, bytes]
-    parameters: dict[str, Any]
-    scores: dict[str, Any]
-    refusal: str | None
-    base_hash: str
-
-
-def _learn(studio: Studio, job: Request, told: "_Told", check: Check) -> _Made:
-    began = time.monotonic()
-    asked = job.parameters
-    lesson = Lesson(
-        studio.folder.photos_of(job.id),
-        asked["class_noun"],
-        TOKEN,
-        **{name: asked[name] for name in LEARNED if name in asked},
-    )
-    base = ModelSource.model_validate(asked["source"])
-    trained = studio.models.train(base, lesson, studio.folder.work_of(job.id), told.report, check)
-    samples = {f"sample-{number}.png": _png(image) for number, image in enumerate(trained.samples, start=1)}
-    return _Made(
-        {WEIGHTS: trained.file.read_bytes(), **samples},
-        {**asdict(trained.recipe), "step": trained.step, "seconds": round(time.monotonic() - began, 1)},
-        asdict(trained.scores),
-        trained.scores.refusal(),
-        trained.base_hash,
-    )
 
 
 class _Told:
@@ -374,12 +346,6 @@ class _Told:
         before = [point for point in self._training.get("losses", []) if point[0] < done]
         self._training = {**self._training, "losses": [*before, [done, round(loss, 4)]]}
         return self._training
-
-
-def _png(image: "Image") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _jpeg(image: "Image") -> bytes:

@@ -1,7 +1,6 @@
 """Models that users send: put on the disk, checked in a process of their own, and only then a version."""
 
 import errno
-import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from zipfile import ZipFile, ZipInfo
 
 import anyio.to_thread
 from anyio import CapacityLimiter
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import ModelSource, Settings, locate
@@ -21,10 +20,10 @@ from api.domain.archives import open_archive
 from api.domain.models import next_number, open_model
 from api.domain.policy import granted
 from api.engine.checkup import Checked, check_upload
-from api.errors import DatabaseUnavailable, InvalidRequest, LimitReached, NotAuthenticated, NotFound, SitterError
+from api.errors import DatabaseUnavailable, InvalidRequest, NotAuthenticated, NotFound, SitterError
 from api.model_service import ModelService
 from api.store.database import Database
-from api.store.models import CHECKPOINT, INDEX, WEIGHTS, ModelFolder, told
+from api.store.models import CHECKPOINT, INDEX, WEIGHTS, ModelFolder, files_in, model_sha256, sha256, told
 from api.store.tables import Model, ModelVersion, User, new_id, now
 
 MOST_BYTES = 8_000_000_000  # of one upload
@@ -84,7 +83,8 @@ async def receive(
         files = await anyio.to_thread.run_sync(_hashes, part)
         await anyio.to_thread.run_sync(folder.finish, version_id)
         async with database.transaction() as session:
-            await _require_place(session, settings, order.user_id, checked.bytes)
+            await _hold(session, settings, order.user_id)
+            await quota.require_space(session, settings, order.user_id, checked.bytes)
             model = await open_model(session, order.user_id, order.name, order.class_noun)
             is_new = await _add(session, model, order, version_id, checked, files, base_hash)
     except DatabaseUnavailable:
@@ -168,15 +168,11 @@ def _checked(part: Path, source: ModelSource) -> Checked:
 
 def _hashes(part: Path) -> dict[str, str]:
     """Returns the SHA-256 of each file, by its name in the folder."""
-    hashes = dict[str, str]()
-    for path in sorted(path for path in part.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            hashes[str(path.relative_to(part))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {name: sha256(path) for name, path in files_in(part).items()}
 
 
-async def _require_place(session: AsyncSession, settings: Settings, user_id: str, more: int) -> None:
-    """Holds the user. Raises LimitReached when their models would be more than one user may keep."""
+async def _hold(session: AsyncSession, settings: Settings, user_id: str) -> None:
+    """Holds the user. Raises NotFound or NotAuthenticated when there is none who may send a model."""
     if settings.auth == "open":
         await quota.ensure_users(session, [user_id])
     user = await session.get(User, user_id, with_for_update=True)
@@ -184,14 +180,6 @@ async def _require_place(session: AsyncSession, settings: Settings, user_id: str
         raise NotFound(f"there is no user {user_id}")
     if user.disabled:
         raise NotAuthenticated("this user is disabled")
-    theirs = select(func.sum(ModelVersion.bytes)).join(Model, Model.id == ModelVersion.model_id)
-    held = int(await session.scalar(theirs.where(Model.user_id == user_id)) or 0)
-    most = int(settings.limit_models_gb * 1e9)
-    if most and held + more > most:
-        raise LimitReached(
-            f"your models take {held / 1e9:.1f} GB, this one {more / 1e9:.1f}, and {most / 1e9:.1f} may be kept",
-            "Erase one that is not needed: DELETE /models/{id}.",
-        )
 
 
 async def _add(
@@ -204,11 +192,10 @@ async def _add(
     base_hash: str,
 ) -> bool:
     """Adds a version and publishes it; one that the model has already is published alone. Returns whether it is new."""
-    weights = files.get(WEIGHTS) or files.get(CHECKPOINT)
-    sha256 = weights or hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    consent = granted(model, order.granted_by, order.consent_days, [sha256])
+    digest = model_sha256(files)
+    consent = granted(model, order.granted_by, order.consent_days, [digest])
     session.add(consent)
-    same = select(ModelVersion.id).where(ModelVersion.model_id == model.id, ModelVersion.sha256 == sha256)
+    same = select(ModelVersion.id).where(ModelVersion.model_id == model.id, ModelVersion.sha256 == digest)
     known = await session.scalar(same)
     if known is None:
         version = ModelVersion(
@@ -218,7 +205,7 @@ async def _add(
             kind=checked.kind,
             source=order.source.model_dump(exclude_defaults=True),
             base_hash=base_hash,
-            sha256=sha256,
+            sha256=digest,
             files=files,
             bytes=checked.bytes,
             parameters={"rank": checked.rank, "layers": checked.layers},
@@ -227,6 +214,6 @@ async def _add(
         session.add(version)
         await session.flush()
     model.published_id, model.published_at = known or version_id, now()
-    said = {"statement": consent.statement, "evidence": consent.evidence, "sha256": sha256}
+    said = {"statement": consent.statement, "evidence": consent.evidence, "sha256": digest}
     await audit.append(session, order.granted_by, "model.uploaded", f"model:{model.id}", **said)
     return known is None

@@ -1,4 +1,4 @@
-"""A sitter's training: from photos and a class noun to a LoRA, with what shows how good it is.
+"""A sitter's training: from photos and a class noun to a LoRA or a whole model, with what shows how good it is.
 
 Everything that computes is done on the step loop's thread, behind the drawings of others (`Batch.run_behind`); but what
 a base of the stock lane draws, see `samples`.
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from api.engine.base import Base
-from api.engine.batch import Batch
+from api.engine.candidates import Ground, discard, save_model
 from api.engine.examples import Check, kept, learned_side, of_photos, resized, side_of, square
 from api.engine.judge import Scores, judge
 from api.engine.lesson import Lesson
@@ -57,7 +57,6 @@ SAMPLE_STEPS = 20
 OF_CLASS = 2  # pictures of the class, that show whether it is still what it was
 CANDIDATES = (0.6, 0.8, 1.0)  # shares of the steps after which one is drawn with and judged
 SAVE_SHARE = 0.05  # of the time, that goes into saving states
-MOST_SECONDS = 30.0  # between two of them
 SMOOTH = 0.95  # share of the loss before in the loss that is told
 
 log = structlog.get_logger()
@@ -68,22 +67,19 @@ class Training:
     """One lesson over one base, ready for its steps. Blocks, for as long as the class takes to be drawn.
 
     Args:
-        base: what is trained over, leased for as long as this is used.
-        batch: the step loop.
+        ground: what is trained over, leased for as long as this is used.
         lesson: what is to be learned.
         priors: the folder where bases' pictures of classes are kept; they are drawn where they are not there.
-        mark: tells the base from every other.
         check: called now and then; whatever it raises ends the training.
     """
 
-    def __init__(
-        self, base: Base | StockBase, batch: Batch, lesson: Lesson, priors: Path, mark: str, check: Check
-    ) -> None:
-        self._base, self._batch, self._check = base, batch, check
-        self.lesson, pipeline = lesson, base.pipeline
+    def __init__(self, ground: Ground, lesson: Lesson, priors: Path, check: Check) -> None:
+        self._ground, self._base, self._batch, self._check = ground, ground.base, ground.batch, check
+        self.lesson, pipeline = lesson, ground.base.pipeline
         self._side = learned_side(pipeline, lesson.resolution)
         self.recipe: Recipe = recipe_of(
             pipeline,
+            full=lesson.kind == "full",
             steps=lesson.steps,
             rank=lesson.rank,
             seed=lesson.seed,
@@ -91,16 +87,16 @@ class Training:
             prior=None if lesson.prior_preservation else 0,
             resolution=self._side,
         )
-        own = of_photos(pipeline, batch, lesson, self._side, check)
-        self.of_class, prior = self._of_class(priors, mark)
+        own = of_photos(pipeline, self._batch, lesson, self._side, check)
+        self.of_class, prior = self._of_class(priors)
         self.trainer = in_own_thread(partial(Trainer, pipeline, own, prior, self.recipe))
 
-    def _of_class(self, folder: Path, mark: str) -> tuple[Tensor, Examples | None]:
+    def _of_class(self, folder: Path) -> tuple[Tensor, Examples | None]:
         """Returns the base's own pictures of the class as latents, and what of them is learned, drawn once and kept."""
         pipeline, learned = self._base.pipeline, self.recipe.prior > 0
         scenes = len(SCENES) if learned else SAMPLES  # the first show what is judged
         requests = _requests(self._base, f"a {self.lesson.noun}", scenes)
-        asked = [mark, *(request.model_dump() for request in requests)]
+        asked = [self._ground.mark, *(request.model_dump() for request in requests)]
         draw = partial(of_class, self._base, self._batch, requests, self._check)
         drawn = kept(_file(folder, asked), draw).to(pipeline.device)
         if not learned:
@@ -128,7 +124,7 @@ class Training:
     def _note(self) -> str:
         """Tells this lesson from every other."""
         photos = [hashlib.sha256(photo).hexdigest() for photo in self.lesson.photos]
-        return json.dumps([asdict(self.recipe), self.lesson.who, self.lesson.flip, photos])
+        return json.dumps([self.lesson.kind, asdict(self.recipe), self.lesson.who, self.lesson.flip, photos])
 
     def save_state(self, file: Path) -> None:
         """Writes all that the next step needs, whole or not at all."""
@@ -139,13 +135,18 @@ class Training:
         if (state := load_noted(file, self._note)) is not None:
             self._batch.run_behind(partial(self.trainer.restore, state))
 
-    def save_adapter(self, file: Path) -> None:
-        """Writes the LoRA as diffusers does, in float16, and in its metadata how it was made."""
-        made = {"recipe": asdict(self.recipe), "step": self.trainer.done, "token": self.lesson.who}
-        save_whole(self._batch.run_behind(self._halves), file, json.dumps(made))
+    def candidate(self, folder: Path, step: int) -> Path:
+        """Returns where in `folder` the candidate of a step is, or would be."""
+        return folder / (f"{step}.safetensors" if self.lesson.kind == "lora" else str(step))
 
-    def _halves(self) -> dict[str, Tensor]:
-        return {name: factor.half().cpu().contiguous() for name, factor in self.trainer.factors().items()}
+    def save_candidate(self, path: Path) -> None:
+        """Writes a LoRA as diffusers does, and in its metadata how it was made; or the folder of a whole model."""
+        tensors = self._batch.run_behind(self.trainer.learned.tensors)
+        if self.lesson.kind == "full":
+            save_model(self._ground.found, tensors, path)
+            return
+        made = {"recipe": asdict(self.recipe), "step": self.trainer.done, "token": self.lesson.who}
+        save_whole(tensors, path, json.dumps(made))
 
 
 def _requests(base: Base | StockBase, who: str, count: int) -> list[GenerateRequest]:
@@ -178,9 +179,9 @@ OnReport = Callable[[Report], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """The best candidate of a training: its LoRA file, after which step it was made, its scores and its samples.
+    """The best candidate of a training: after which step it was made, its scores and its samples.
 
-    `base_hash` tells the base that it was trained over.
+    `file` is a LoRA's, or the folder of a whole model; `base_hash` tells the base that it was trained over.
     """
 
     file: Path
@@ -204,31 +205,27 @@ class _Saving:
         began = time.monotonic()
         save()
         now = time.monotonic()
-        self._next = now + min(MOST_SECONDS, (now - began) / SAVE_SHARE)
+        self._next = now + (now - began) / SAVE_SHARE
 
 
 def train(
-    base: Base | StockBase,
-    batch: Batch,
+    ground: Ground,
     lesson: Lesson,
     folder: Path,
     priors: Path,
-    mark: str,
     reader: AttributeReader | None,
     report: OnReport,
     check: Check,
 ) -> Trained:
     """Trains a sitter, and returns the best of a few candidates. Blocks.
 
-    What is in `folder` already is gone on from: killed at any moment and begun again, it ends with the same candidates.
+    What is in `folder` already is gone on from: killed at any moment and begun again, it ends with the same candidate.
 
     Args:
-        base: what is trained over, leased meanwhile.
-        batch: the step loop.
+        ground: what is trained over.
         lesson: what is to be learned.
-        folder: where states and candidates are kept.
+        folder: where a state and the best candidate so far are kept.
         priors: see `Training`.
-        mark: see `Training`.
         reader: judges the samples; None where the base has none.
         report: told of every step and phase; whatever it raises ends the training.
         check: called now and then; whatever it raises ends the training.
@@ -238,13 +235,13 @@ def train(
         TrainingFailed: the loss is not finite.
     """
     report(Report("caching"))
-    training = Training(base, batch, lesson, priors, mark, check)
+    training = Training(ground, lesson, priors, check)
     state, steps = folder / "state.safetensors", training.recipe.steps
     training.restore_state(state)
-    of_base = [_decoded(base, batch, latents) for latents in training.of_class[:SAMPLES]]
-    candidates, saving, smooth = list[Trained](), _Saving(), None
-    for share in CANDIDATES:
-        until = max(1, round(steps * share))
+    of_base = [_decoded(ground, latents) for latents in training.of_class[:SAMPLES]]
+    best: Trained | None = None
+    saving, smooth = _Saving(), None
+    for until in sorted({max(1, round(steps * share)) for share in CANDIDATES}):
         try:
             for loss in training.steps(until):
                 smooth = loss if smooth is None else SMOOTH * smooth + (1 - SMOOTH) * loss
@@ -252,25 +249,37 @@ def train(
                 if saving.is_due():
                     saving.took(partial(training.save_state, state))
         except TrainingFailed as error:
-            if not candidates:
+            if best is None:
                 raise
             log.warning("training_stopped", reason=error.detail)  # what came before is good all the same
             break
-        file = folder / f"{until}.safetensors"
+        file = training.candidate(folder, until)
         if training.trainer.done == until:
-            training.save_adapter(file)
+            training.save_candidate(file)
+        elif not file.exists():
+            continue  # it was thrown away before
         report(Report("validating", training.trainer.done, steps, smooth))
         try:
-            scores, samples = _judged(base, batch, lesson, file, of_base, reader, check)
+            scores, samples = _judged(ground, lesson, file, of_base, reader, check)
         except (BadPicture, Blocked) as error:  # the others may be good
             log.warning("candidate_dropped", step=until, reason=error.detail)
+            discard(file)
         else:
-            candidates.append(Trained(file, until, scores, samples, training.recipe, mark))
+            best = _better(best, Trained(file, until, scores, samples, training.recipe, ground.mark))
             report(Report("validating", training.trainer.done, steps, smooth, samples[0]))
         training.save_state(state)
-    if not candidates:
+    if best is None:
         raise TrainingFailed("none of its candidates draws a picture", "Try fewer steps, or other pictures.")
-    return max(candidates, key=_worth)
+    return best
+
+
+def _better(one: Trained | None, other: Trained) -> Trained:
+    """Returns the better candidate, and removes the other: a whole model takes gigabytes."""
+    if one is None:
+        return other
+    worse, better = sorted((one, other), key=_worth)
+    discard(worse.file)
+    return better
 
 
 def _worth(candidate: Trained) -> tuple[bool, float, int]:
@@ -280,8 +289,7 @@ def _worth(candidate: Trained) -> tuple[bool, float, int]:
 
 
 def _judged(
-    base: Base | StockBase,
-    batch: Batch,
+    ground: Ground,
     lesson: Lesson,
     file: Path,
     of_base: Sequence[Image.Image],
@@ -289,13 +297,14 @@ def _judged(
     check: Check,
 ) -> tuple[Scores, Sequence[Image.Image]]:
     """Returns how good the candidate in `file` is, and its samples."""
+    base = ground.base
     requests = [*_requests(base, lesson.who, SAMPLES), *_requests(base, f"a {lesson.noun}", OF_CLASS)]
-    drawn = by_candidate(base, batch, file, requests, check)
+    drawn = by_candidate(ground, file, requests, check)
     photos = [square(photo, learned_side(base.pipeline, None)) for photo in lesson.photos]
     own, others = drawn[:SAMPLES], drawn[SAMPLES:]
-    scores = batch.run_behind(partial(judge, reader, photos, own, of_base, others))
+    scores = ground.batch.run_behind(partial(judge, reader, photos, own, of_base, others))
     return scores, own
 
 
-def _decoded(base: Base | StockBase, batch: Batch, latents: Tensor) -> Image.Image:
-    return batch.run_behind(partial(decode, base.pipeline, latents[None], checked=False))[0]
+def _decoded(ground: Ground, latents: Tensor) -> Image.Image:
+    return ground.batch.run_behind(partial(decode, ground.base.pipeline, latents[None], checked=False))[0]

@@ -26,10 +26,12 @@ from api.engine.adapters import Adapter, find_adapter_file, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
 from api.engine.cache import Loaded
+from api.engine.candidates import Ground, require_folder
 from api.engine.combined import combined, name_of
 from api.engine.dreambooth import OnReport, Trained, train
 from api.engine.examples import Check
 from api.engine.knee import Knee
+from api.engine.learned import components_of, step_bytes
 from api.engine.lesson import Lesson
 from api.engine.own import OwnModel
 from api.engine.pipeline import Drawing, OnStep, draw, draw_stock, drawn_size
@@ -166,7 +168,7 @@ class Engine:
     def load_base(self, found: FoundBase) -> Loaded[AnyBase]:
         """Returns the base, on the device. Raises ModelUnavailable, OutOfMemory or DeviceLost."""
         with self._told_apart():
-            base = in_own_thread(partial(self._load, found))
+            base = in_own_thread(partial(self._load, found, self._settings.compile))
         if isinstance(base, Base):
             with self._counting:
                 self._bases.add(base)
@@ -176,12 +178,12 @@ class Engine:
         tensors = (tensor for module in modules for tensor in weights.tensors_of(module))
         return Loaded(base, weights.storages_of(tensors))
 
-    def _load(self, found: FoundBase) -> AnyBase:
+    def _load(self, found: FoundBase, compiled: bool = False) -> AnyBase:
         if found.pipeline != STABLE_DIFFUSION:
             return StockBase(components.load_stock(found, self._placement, self._pool))
         pipeline = components.load_pipeline(found, self._placement, self._pool)
         fitted(pipeline.vae)  # now: the step loop shall not wait for it
-        return Base(pipeline, slots=self._settings.batch_rows, compiled=self._settings.compile)
+        return Base(pipeline, slots=self._settings.batch_rows, compiled=compiled)
 
     def _warm(self, base: Base) -> None:
         width, height = drawn_size(base.pipeline, USUAL_SIDE, USUAL_SIDE)
@@ -314,6 +316,18 @@ class Engine:
             assert not isinstance(adapter, StockAdapter)
             return draw(base, adapter, request, seed, self._batch, on_step, check, model.decoder)
 
+    def training_bytes(self, base: AnyBase, source: ModelSource, lesson: Lesson) -> dict[str, int]:
+        """Returns device → bytes that a training takes beside the base; of factors it is nothing to speak of.
+
+        Raises ModelUnavailable or InvalidRequest when the base, which is that of `source`, cannot be trained so.
+        """
+        require_trainable(base.pipeline)
+        if lesson.kind == "lora":
+            return {}
+        require_folder(self.find_base(source))
+        learning = step_bytes(base.pipeline, components_of(base.pipeline, texts=lesson.train_text_encoder))
+        return {"cpu": learning, self.device: learning}  # on the host there is its state while that is saved
+
     def train(
         self, base: AnyBase, source: ModelSource, lesson: Lesson, folder: Path, report: OnReport, check: Check
     ) -> Trained:
@@ -321,12 +335,11 @@ class Engine:
 
         Raises ModelUnavailable, OutOfMemory and DeviceLost besides.
         """
-        require_trainable(base.pipeline)
-        judge = self._settings.judges.get(source.base)
-        mark, priors = deltas.fingerprint(self.find_base(source)), self._settings.data_dir / "priors"
+        found, judge = self.find_base(source), self._settings.judges.get(source.base)
+        ground = Ground(base, found, deltas.fingerprint(found), self._batch, self._load)
         with self._told_apart():
             reader = self._batch.run_behind(partial(load_reader, locate(judge))) if judge else None
-            return train(base, self._batch, lesson, folder, priors, mark, reader, report, check)
+            return train(ground, lesson, folder, self._settings.data_dir / "priors", reader, report, check)
 
     def close(self) -> None:
         """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""

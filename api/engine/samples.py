@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from api.engine.adapters import Adapter, load_adapter
+from api.engine.adapters import Adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
+from api.engine.candidates import Ground, opened
 from api.engine.examples import Check, encoded
 from api.engine.pipeline import draw, draw_stock, latents_of
 from api.engine.stock import StockBase
-from api.engine.stock_adapters import StockAdapter, load_stock_adapter
-from api.engine.threads import in_own_thread
+from api.engine.stock_adapters import StockAdapter
 from api.errors import Cancelled
 from api.schemas import GenerateRequest
 
@@ -46,25 +46,23 @@ def of_class(base: Base | StockBase, batch: Batch, requests: Sequence[GenerateRe
 
 
 def by_candidate(
-    base: Base | StockBase, batch: Batch, file: Path, requests: Sequence[GenerateRequest], check: Check
+    ground: Ground, candidate: Path, requests: Sequence[GenerateRequest], check: Check
 ) -> list[Image.Image]:
-    """Returns the pictures of `requests` by the base with the LoRA in `file`.
+    """Returns the pictures of `requests` by a candidate.
 
     Raises:
         BadPicture: a picture is not finite.
         Blocked: the model's safety checker refused a picture.
     """
-    if isinstance(base, StockBase):
-        changed = in_own_thread(partial(load_stock_adapter, file, base.pipeline, 1.0))
-        return [_by_stock_call(base, changed, request, check) for request in requests]
-    adapter = batch.run_behind(partial(load_adapter, file, base.pipeline, 1.0))
-    try:
-        return _together(partial(_in_batch, base, batch, adapter), requests, check)
-    finally:
-        base.drop(adapter)
+    with opened(ground, candidate) as (base, adapter):
+        if isinstance(base, StockBase):
+            assert not isinstance(adapter, Adapter)  # it was loaded for this base
+            return [_by_stock_call(base, adapter, request, check) for request in requests]
+        assert not isinstance(adapter, StockAdapter)
+        return _together(partial(_in_batch, base, ground.batch, adapter), requests, check)
 
 
-def _in_batch(base: Base, batch: Batch, adapter: Adapter, request: GenerateRequest, check: Check) -> Image.Image:
+def _in_batch(base: Base, batch: Batch, adapter: Adapter | None, request: GenerateRequest, check: Check) -> Image.Image:
     assert request.seed is not None
     return draw(base, adapter, request, request.seed, batch, lambda step: None, check, behind=True).images[0]
 

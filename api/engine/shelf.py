@@ -1,6 +1,6 @@
 """The shelf: users' models in memory, and what is leased for a drawing. Free of torch."""
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,13 @@ class _Riding:
     drawn: ModelSource
 
 
+class _Reserved:
+    """Names in the cache what is no model."""
+
+    def __str__(self) -> str:
+        return "a training"
+
+
 class Shelf:
     """Loads models through the cache, leases them, and forgets them.
 
@@ -90,6 +97,29 @@ class Shelf:
         """
         with ExitStack() as leases:
             yield self._acquire(source, riders, fast, owner, leases)
+
+    @contextmanager
+    def reserved(self, sizes: Mapping[str, int]) -> Iterator[None]:
+        """Counts device → bytes as used inside the block, for a training; idle models leave to make room.
+
+        Raises:
+            ModelUnavailable: they can never fit.
+        """
+        if not sizes:
+            yield
+            return
+        key = _Reserved()
+
+        def load(reserve: Reserve) -> Loaded[None]:
+            reserve(sizes)
+            return Loaded(None, {(key, device): (device, size) for device, size in sizes.items()})
+
+        lease = self.cache.lease(key, load)
+        try:
+            yield
+        finally:
+            self.cache.drop(key)
+            lease.release()
 
     def retried_without_idle(self, action: Callable[[], T]) -> T:
         """Returns what `action` does; when memory runs out, once more without the idle models."""

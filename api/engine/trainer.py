@@ -1,43 +1,37 @@
-"""DreamBooth-LoRA: a base learns one sitter from a few pictures (Ruiz et al., https://arxiv.org/abs/2208.12242).
+"""DreamBooth: a base learns one sitter from a few pictures (Ruiz et al., https://arxiv.org/abs/2208.12242).
 
-Factors of low rank beside the UNet's attention are all that is trained, and beside the text encoder's where that is
-asked for; the base's weights are shared with whoever draws with it meanwhile, and stay as they are. A batch has
-pictures of the sitter, under the rare token, and the base's own pictures of the class, under its plain noun, so that
-the class does not become the sitter.
+What is trained of the UNet, and of the text encoder where that is asked for, is in `learned`; the base's weights are
+shared with whoever draws with it meanwhile, and stay as they are. A batch has pictures of the sitter, under the rare
+token, and the base's own pictures of the class, under its plain noun, so that the class does not become the sitter.
 
 A step depends on the seed, its number and the weights alone: training that is killed goes on from its last state to the
 same end, on the same machine to the last bit.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from api.engine.components import ONE_LOAD
+from api.engine.learned import UNET, Factors, Learned, Weights, components_of
 from api.engine.text2image import STABLE_DIFFUSION
-from api.engine.weights import shell
 from api.engine.words import Heard, Words
 from api.errors import ModelUnavailable
 
 TRAINABLE = (STABLE_DIFFUSION, "StableDiffusionXLPipeline")
 PREDICTIONS = ("epsilon", "v_prediction")
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-ENCODERS = ("text_encoder", "text_encoder_2")
-TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-POOLED_TEXT = "time_emb_proj"  # where a base whose pooled text joins the timestep hears of it
 BETAS, DECAY, EPSILON = (0.9, 0.999), 0.01, 1e-8
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each
 WARMUP = 20  # steps
 FLOOR = 0.02  # of the rate, at the end
 MOST_NORM = 1.0  # of a step's gradient
 TEXT_SHARE = 0.5  # of the rate, that the text encoder has unless its base says another
+FULL_RATE = 5e-6  # of all weights, as in the paper
 HALF_SCALE = 1024.0  # of the loss where the base has float16, so that small gradients are not lost
 
 
@@ -47,20 +41,20 @@ class Recipe:
 
     Attributes:
         steps: of the optimiser.
-        rank: of the factors.
+        rank: of the factors; None where all weights learn.
         rate: the highest learning rate.
         own: pictures of the sitter in a batch.
         prior: pictures of the class in a batch; 0 where the class may become the sitter.
         seed: of the factors' start, the noise and the order of the pictures.
         guidance: the loss is taken on u + guidance · (c − u), as the base's own training did; 1 is the plain loss.
-        text_rate: the highest learning rate of the text encoder's factors; 0 where it learns nothing.
+        text_rate: the highest learning rate of the text encoder; 0 where it learns nothing.
         resolution: the side in pixels of the squares that are learned; None for the base's own.
         gamma: caps the weight of steps with little noise, as in min-SNR (https://arxiv.org/abs/2303.09556); but of a
             base that predicts velocity those full of noise keep theirs, which min-SNR would make nothing.
     """
 
     steps: int
-    rank: int
+    rank: int | None
     rate: float
     own: int
     prior: int
@@ -88,13 +82,21 @@ def require_trainable(pipeline: DiffusionPipeline) -> None:
         raise ModelUnavailable("this base cannot be trained over", "Its noise or its latents are of another kind.")
 
 
-def recipe_of(pipeline: DiffusionPipeline, **said: Any) -> Recipe:
-    """Returns the recipe for a base: what is `said`, else its scheduler's `_training_…`, else what does for most."""
+def recipe_of(pipeline: DiffusionPipeline, *, full: bool = False, **said: Any) -> Recipe:
+    """Returns the recipe for a base: what is `said`, else its scheduler's `_training_…`, else what does for most.
+
+    In `full` training all weights learn; what a base says of its rates is called `_training_full_…` then.
+    """
     ours: dict[str, Any] = {"steps": 800, "rank": 16, "rate": 1e-4, "own": 1, "prior": 1, "seed": 0, "guidance": 1.0}
+    keys = {name: f"_training_{name}" for name in (*ours, "text_rate")}
+    if full:
+        ours["rate"] = FULL_RATE
+        keys |= {name: f"_training_full_{name}" for name in ("rate", "text_rate")}
     config = pipeline.scheduler.config
-    given = {name: config[f"_training_{name}"] for name in (*ours, "text_rate") if f"_training_{name}" in config}
+    given = {name: config[key] for name, key in keys.items() if key in config}
     known = {**ours, **given, **{name: value for name, value in said.items() if value is not None}}
-    return Recipe(**{"text_rate": TEXT_SHARE * known["rate"], **known})
+    recipe = Recipe(**{"text_rate": TEXT_SHARE * known["rate"], **known})
+    return replace(recipe, rank=None) if full else recipe
 
 
 class Trainer:
@@ -114,32 +116,24 @@ class Trainer:
         self._noise = DDPMScheduler.from_config(pipeline.scheduler.config)
         kept = self._noise.alphas_cumprod
         self._snr = (kept / (1 - kept).clamp(min=1e-8)).to(pipeline.device)
-        self._unet = shell(pipeline.unet).requires_grad_(False)
         self._scale = HALF_SCALE if pipeline.unet.dtype == torch.float16 else 1.0
         self._cell = int(pipeline.vae_scale_factor)
-        readers = [name for name in ENCODERS if recipe.text_rate and getattr(pipeline, name, None) is not None]
-        encoders = {name: shell(getattr(pipeline, name)).requires_grad_(False) for name in readers}
-        self._words = Words(pipeline, encoders)
-        targets = [*ATTENTION, *([POOLED_TEXT] if pipeline.unet.config.get("addition_embed_type") == "text" else [])]
-        of_unet = _with_factors("unet", self._unet, targets, recipe.rank)
-        of_texts = {
-            name: factor
-            for component, encoder in encoders.items()
-            for name, factor in _with_factors(component, encoder, TEXT_ATTENTION, recipe.rank).items()
-        }
-        self._factors = {**of_unet, **of_texts}
-        chance = torch.Generator().manual_seed(recipe.seed)
-        for name, factor in self._factors.items():  # in float32, whatever the base has: steps are small
-            start = torch.zeros(factor.shape)
-            if ".lora_A." in name:
-                start.normal_(std=1 / recipe.rank, generator=chance)
-            factor.data = start.to(pipeline.device)
-        groups = [(of_unet, recipe.rate), (of_texts, recipe.text_rate)]
+        components = components_of(pipeline, texts=recipe.text_rate > 0)
+        self.learned: Learned = (
+            Weights(pipeline, components)
+            if recipe.rank is None
+            else Factors(pipeline, components, recipe.rank, recipe.seed)
+        )
+        modules = dict(self.learned.modules)
+        self._unet = modules.pop(UNET)
+        self._words = Words(pipeline, modules)
+        rates = {name: recipe.rate if name == UNET else recipe.text_rate for name in components}
         self._optimiser = torch.optim.AdamW(
-            [{"params": [*factors.values()], "rate": rate} for factors, rate in groups if factors],
+            [{"params": _learning(self.learned.modules[name]), "rate": rate} for name, rate in rates.items()],
             betas=BETAS,
             eps=EPSILON,
             weight_decay=DECAY,
+            fused=True,  # without gigabytes in between where all weights learn
         )
 
     def step(self) -> float:
@@ -151,15 +145,16 @@ class Trainer:
         words = [one.words[index] for one, index in zip(examples, chosen, strict=True)]
         for group in self._optimiser.param_groups:
             group["lr"] = group["rate"] * self._pace()
-        self._optimiser.zero_grad()
         loss = self._losses(latents, words, chance).mean()
         (loss * self._scale).backward()  # type: ignore[no-untyped-call]
-        for factor in self._factors.values():
-            if factor.grad is not None:
-                factor.grad /= self._scale
-        norm = torch.nn.utils.clip_grad_norm_(self._factors.values(), MOST_NORM)
+        learned = self.learned.parameters.values()
+        for one in learned:
+            if one.grad is not None:
+                one.grad /= self._scale
+        norm = torch.nn.utils.clip_grad_norm_(learned, MOST_NORM)
         if self._scale == 1.0 or torch.isfinite(norm):  # half precision overflows now and then: that step is left out
             self._optimiser.step()
+        self._optimiser.zero_grad()  # now: their memory is for the candidates, which are drawn between steps
         self.done += 1
         return float(loss.detach())
 
@@ -192,46 +187,35 @@ class Trainer:
     def _predict(self, noisy: Tensor, times: Tensor, heard: Heard) -> Tensor:
         dtype = next(self._unet.parameters()).dtype
         added = heard.added and {name: one.to(dtype) for name, one in heard.added.items()}
-        predicted: Tensor = self._unet(
-            noisy.to(dtype), times, heard.texts.to(dtype), added_cond_kwargs=added, return_dict=False
-        )[0]
+        with self.learned.passes():
+            predicted: Tensor = self._unet(
+                noisy.to(dtype), times, heard.texts.to(dtype), added_cond_kwargs=added, return_dict=False
+            )[0]
         return predicted.float()
 
-    def factors(self) -> dict[str, Tensor]:
-        """Returns the factors under the names that diffusers gives them."""
-        return {_spelled(name): one.detach().clone() for name, one in self._factors.items()}
-
     def state(self) -> dict[str, Tensor]:
-        """Returns all that a step changes, on the host."""
+        """Returns all that a step changes, on the host; it is not to be written to, and holds until the next step."""
         tensors = {"done": torch.tensor(self.done)}
-        for name, factor in self._factors.items():
-            moments: Mapping[str, Tensor] = self._optimiser.state[factor]
-            tensors[f"factor.{name}"] = factor.detach().cpu().clone()
-            tensors |= {f"{moment}.{name}": value.detach().cpu().clone() for moment, value in moments.items()}
+        for name, one in self.learned.parameters.items():
+            moments: Mapping[str, Tensor] = self._optimiser.state[one]
+            tensors[f"learned.{name}"] = one.detach().cpu().contiguous()
+            tensors |= {f"{moment}.{name}": value.cpu().contiguous() for moment, value in moments.items()}
         return tensors
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes back to a `state`; the next step is the one that came after it."""
         self.done = int(state["done"])
         with torch.no_grad():
-            for name, factor in self._factors.items():
-                factor.copy_(state[f"factor.{name}"])
-                of_it = f".{name}"
-                moments = {key.removesuffix(of_it): value for key, value in state.items() if key.endswith(of_it)}
-                moments.pop("factor", None)
-                self._optimiser.state[factor] = {
-                    moment: value.clone() if moment == "step" else value.to(factor.device, copy=True)
-                    for moment, value in moments.items()
-                }
+            for name, one in self.learned.parameters.items():
+                one.copy_(state[f"learned.{name}"])
+                known = {moment: state[key] for moment in MOMENTS if (key := f"{moment}.{name}") in state}
+                self._optimiser.state[one] = {moment: _moment(one, value) for moment, value in known.items()}
 
 
-def _with_factors(component: str, module: nn.Module, targets: list[str], rank: int) -> dict[str, nn.Parameter]:
-    """Puts factors beside the layers of `module` that end with `targets`; returns them by name."""
-    with ONE_LOAD:  # while another model loads, its library has changed how torch makes parameters
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), module)
-    return {f"{component}.{name}": one for name, one in module.named_parameters() if one.requires_grad}
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [one for one in module.parameters() if one.requires_grad]
 
 
-def _spelled(name: str) -> str:
-    # Before transformers 5 an encoder had one more level; every reader of files knows that spelling.
-    return re.sub(r"^(text_encoder\w*)\.encoder\.", r"\1.text_model.encoder.", name.replace(".default", ""))
+def _moment(of: Tensor, value: Tensor) -> Tensor:
+    """Returns a copy of a moment, laid out in memory as what it is of: fused steps take both by their bytes."""
+    return (torch.empty_like(of) if value.dim() else torch.empty_like(value, device=of.device)).copy_(value)

@@ -3,13 +3,14 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import FormData
 
 from api.config import UserId
 from api.domain import registry, uploads
 from api.domain.models import base_named
 from api.domain.uploads import Place, UploadOrder
+from api.domain.zips import zipped
 from api.errors import InvalidRequest
 from api.routes import forms
 from api.routes.caller import CallerDep, require
@@ -181,11 +182,15 @@ async def fetch_weights(
         Literal["diffusers", "kohya"], Query(description="`kohya` is what A1111 and ComfyUI read.")
     ] = "diffusers",
 ) -> Response:
-    """Sends the weights of a version: a LoRA that diffusers loads, or, for other programs, with kohya's keys."""
+    """Sends a version: a LoRA that diffusers loads, or other programs (kohya's keys); a whole model as a ZIP."""
     model = await registry.find(service.registry, caller, model_id)
-    path, sha256 = await registry.file_of(service.registry, caller, model_id, version)
+    kept = await registry.weights_of(service.registry, caller, model_id, version)
     name = f"{model.name}.safetensors"
-    if style == "diffusers":
-        return FileResponse(path, headers={"ETag": f'"{sha256}"'}, filename=name)
-    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(await registry.as_kohya(path), headers=headers, media_type="application/octet-stream")
+    if style == "kohya":
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(await registry.as_kohya(kept), headers=headers, media_type="application/octet-stream")
+    headers = {"ETag": f'"{kept.sha256}"'}
+    if kept.file is not None:
+        return FileResponse(kept.file, headers=headers, filename=name)
+    headers |= {"Content-Disposition": f'attachment; filename="{model.name}.zip"'}
+    return StreamingResponse(zipped(kept.files, kept.made), headers=headers, media_type="application/zip")

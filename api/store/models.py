@@ -19,6 +19,7 @@ CHECKPOINT = "model.safetensors"  # a whole model as one file
 INDEX = "model_index.json"  # of a whole model as a folder
 ID = re.compile(r"[0-9a-f]{28}")
 FILE = re.compile(r"([A-Za-z0-9][\w-]*/)?[A-Za-z0-9][\w.-]*")  # a whole model has folders in its folder
+SAMPLE = "sample-"  # how the names begin of pictures that show what a version draws
 PART = ".part"
 PHOTOS = "photos"
 WORK = "work"
@@ -62,8 +63,8 @@ class ModelFolder:
         """Returns where a version's weights are, or would be."""
         return self.file_of(version_id, WEIGHTS)
 
-    def keep(self, version_id: str, files: Mapping[str, bytes]) -> None:
-        """Keeps the files of a version, all of them or none.
+    def keep(self, version_id: str, files: Mapping[str, bytes | Path]) -> None:
+        """Keeps the files of a version, or copies of them, all or none.
 
         Raises:
             StorageFull: the disk has no room.
@@ -108,9 +109,30 @@ class ModelFolder:
         return dict(_ages(self._trainings))
 
 
-def sha256(content: bytes) -> str:
-    """Returns the SHA-256 in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
+def sha256(content: bytes | Path) -> str:
+    """Returns the SHA-256 in hexadecimal, also of a file."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Returns the files of a model's folder by their names in it."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def model_files(names: Iterable[str]) -> list[str]:
+    """Returns which of a version's files it is loaded from: one of weights, or all of a whole model's folder."""
+    found = sorted(name for name in names if not name.startswith(SAMPLE))
+    return next(([name] for name in (WEIGHTS, CHECKPOINT) if name in found), found)
+
+
+def model_sha256(hashes: Mapping[str, str]) -> str:
+    """Returns the hash of a version's weights, of the hashes of its files."""
+    names = model_files(hashes)
+    one = len(names) == 1
+    return hashes[names[0]] if one else sha256(repr([(name, hashes[name]) for name in names]).encode())
 
 
 @contextmanager
@@ -124,7 +146,7 @@ def told(folder: Path) -> Iterator[None]:
         raise StorageUnavailable(f"{folder.parent.name}/ cannot be written to: {error.strerror}") from error
 
 
-def _keep_whole(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+def _keep_whole(folder: Path, files: Iterable[tuple[str, bytes | Path]]) -> None:
     """Writes a folder under another name, and gives it its own once all is on the disk."""
     part = folder.with_name(folder.name + PART)
     with told(folder):
@@ -132,12 +154,22 @@ def _keep_whole(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
             shutil.rmtree(part, ignore_errors=True)  # of somebody who died over it
             part.mkdir(parents=True, mode=0o700)
             for name, content in files:
-                write_whole(part / name, content, mode=0o600, prefix=".")
+                (part / name).parent.mkdir(mode=0o700, exist_ok=True)  # a whole model has folders
+                _write(part / name, content)
             part.replace(folder)
             sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+
+
+def _write(file: Path, content: bytes | Path) -> None:
+    if isinstance(content, bytes):
+        write_whole(file, content, mode=0o600, prefix=".")
+    else:
+        shutil.copyfile(content, file)
+        file.chmod(0o600)
+        sync_file(file)
 
 
 def _remove(folder: Path) -> bool:

@@ -3,13 +3,14 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from api.config import DEFAULT_USER, USER_ID, UserId
 from api.wire.text import Text
 
 PROTECTED: Any = ()  # pydantic would keep names that begin with model_ for itself
 NOUN = r"[a-z][a-z ]{0,62}[a-z]"
+Kind = Literal["lora", "full"]
 MOST_STEPS = 4000
 MOST_RANK = 128
 
@@ -135,6 +136,10 @@ class UploadRequest(BaseModel):
 class TrainingRequest(UploadRequest):
     """What to train, from which pictures; the fields of a form."""
 
+    kind: Kind = Field(
+        default="lora",
+        description="`lora`: small, drawn beside others. `full`: every weight learns, where the operator lets it.",
+    )
     steps: int | None = Field(default=None, ge=1, le=MOST_STEPS, description="Of training; as the base likes it.")
     rank: int | None = Field(default=None, ge=1, le=MOST_RANK, description="Of the LoRA; 16.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="The same seed trains the same model.")
@@ -149,6 +154,13 @@ class TrainingRequest(UploadRequest):
     )
     keep_pictures: bool = Field(default=False, description="Keep the pictures after the training.")
     webhook_url: Text | None = Field(default=None, max_length=2000, description="Where to tell of the end.")
+
+    @field_validator("rank")
+    @classmethod
+    def _of_a_lora_alone(cls, rank: int | None, info: ValidationInfo) -> int | None:
+        if rank is not None and info.data.get("kind") == "full":
+            raise ValueError("a whole model has no rank: leave it out")
+        return rank
 
 
 class PictureVerdict(BaseModel):

@@ -29,6 +29,7 @@ from api.engine.dreambooth import SAMPLES, SCENES
 from api.engine.trainer import Trainer
 from api.errors import (
     DatabaseUnavailable,
+    Forbidden,
     InvalidRequest,
     KeyReused,
     LimitReached,
@@ -75,8 +76,9 @@ def submit(
     chosen = choose((f"{seed}.png", stored(picture(seed))) for seed in range(3))
     asked = TrainingOrder("eve", "eve", "person", chosen, builders.source(base_folder), "owner", steps=STEPS, rank=2)
 
-    async def ask(**fields: Any) -> Request:
-        job = await trainings.submit(settings, database, vault, folder, replace(asked, **fields))
+    async def ask(*, allowed: bool = False, **fields: Any) -> Request:
+        now_set = builders.settings(full_training=True) if allowed else settings
+        job = await trainings.submit(now_set, database, vault, folder, replace(asked, **fields))
         wake.wake(Wake.QUEUE)
         return job
 
@@ -141,6 +143,56 @@ async def test_photos_become_a_model_that_draws(
     async with database.reading() as session:
         image = (await session.scalars(select(Image))).one()
     assert (image.version_hash, image.base_hash) == (version.sha256, version.base_hash)
+
+
+async def test_a_whole_model_is_trained_where_the_operator_lets_it(
+    submit: Submit,
+    own: Registry,
+    settings: Settings,
+    desk: Desk,
+    make_worker: Callable[..., Worker],
+    database: Database,
+    wake: Wake,
+) -> None:
+    """It draws by itself, is taken along whole, and goes like any other."""
+    with pytest.raises(Forbidden, match="whole models are not trained here"):
+        await submit(kind="full", rank=None)
+    assert (own.folder.trainings(), await count(database, Model)) == ({}, 0)
+    async with working(make_worker()):
+        job = await submit(allowed=True, kind="full", rank=None)
+        job = await until(database, wake, job.id, "succeeded", "failed")
+        assert job.status == "succeeded", job.error_detail
+        drawing = await desk.submit(Order(builders.request(user_id="eve"), "eve"))
+        drawn = await until(database, wake, drawing.id, "succeeded", "failed")
+    version = await version_of(database)
+    assert (version.kind, version.parameters["rank"], drawn.lane, drawn.cache_hit) == ("full", None, "exact", True)
+    kept = await registry.weights_of(own, EVE, version.model_id)
+    samples = {f"sample-{number}.png" for number in range(1, SAMPLES + 1)}
+    assert version.files.keys() == kept.files.keys() | samples
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= set(
+        kept.files
+    )
+    assert {name: sha256(path) for name, path in kept.files.items()}.items() <= version.files.items()
+    in_folder = [path for path in kept.files["model_index.json"].parent.rglob("*") if path.is_file()]
+    assert version.bytes == sum(path.stat().st_size for path in in_folder)
+    assert {path.stat().st_mode & 0o777 for path in in_folder} == {0o600}
+    assert (kept.sha256, kept.file) == (version.sha256, None)
+    (described,) = await registry.versions(own, EVE, version.model_id)
+    assert {path.rsplit("/", 1)[1] for path in described.samples} == samples
+    await registry.erase(own, EVE, version.model_id)
+    assert version.id not in [getattr(source, "version_id", None) for source in own.models.cache.loaded()]
+    assert own.folder.versions() == {}
+
+
+async def test_who_keeps_more_than_one_may_trains_no_more(
+    submit: Submit, own: Registry, settings: Settings, database: Database
+) -> None:
+    await add_model(database, own.folder, "eve", "other", b"x" * 2000)
+    async with database.transaction() as session:
+        (await session.scalars(select(ModelVersion))).one().bytes = int(settings.limit_models_gb * 1e9) + 1
+    with pytest.raises(LimitReached, match="may be kept"):
+        await submit()
+    assert own.folder.trainings() == {}
 
 
 async def test_photos_stay_where_their_owner_wished_so(

@@ -357,7 +357,7 @@ def test_a_candidate_that_draws_nothing_is_dropped(
     judged = dreambooth._judged
 
     def last_is_lost(*given: Any) -> Any:
-        if given[3].stem == str(STEPS):
+        if given[2].stem == str(STEPS):
             raise BadPicture("lost")
         return judged(*given)
 

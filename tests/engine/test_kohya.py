@@ -54,7 +54,7 @@ def trained(base: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFact
     for _ in range(recipe.steps):
         trainer.step()
     file = tmp_path_factory.mktemp("trained") / "20.safetensors"
-    save_whole({name: factor.half() for name, factor in trainer.factors().items()}, file, '{"token": "sks person"}')
+    save_whole(trainer.learned.tensors(), file, '{"token": "sks person"}')
     return file
 
 

@@ -39,7 +39,15 @@ def trainer(pipeline: StableDiffusionPipeline, **fields: Any) -> Trainer:
 def after(one: Trainer, steps: int) -> dict[str, torch.Tensor]:
     for _ in range(steps):
         one.step()
-    return one.factors()
+    return learned(one)
+
+
+def learned(one: Trainer) -> dict[str, torch.Tensor]:
+    """What it learned so far, in full, under the names that files have."""
+    return {
+        name: own.detach().clone()
+        for name, own in zip(one.learned.tensors(), one.learned.parameters.values(), strict=True)
+    }
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -1,9 +1,11 @@
 """What people do with their models over HTTP: look, rename, publish, roll back, take along, take back, erase."""
 
+import io
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import httpx2
 import pytest
@@ -179,6 +181,41 @@ async def test_a_models_files_are_fetched(ada: httpx2.AsyncClient, database: Dat
     assert (await ada.get(f"/models/{model.id}/file")).content == weights[-1]  # that is published
     assert wrong_answer(await ada.get(f"/models/{model.id}/file?version=3"), 404) is None
     assert wrong_answer(await ada.get(f"/models/{model.id}/file?style=kohya"), 422) is None  # it is no LoRA
+
+
+async def test_a_whole_model_is_taken_along_as_an_archive(
+    ada: httpx2.AsyncClient, bo: httpx2.AsyncClient, database: Database, folder: ModelFolder
+) -> None:
+    model, version = await add_model(database, folder, "ada", "eve")
+    files = {
+        "model_index.json": b"{}",
+        "unet/config.json": b"1",
+        "unet/diffusion_pytorch_model.safetensors": b"2" * 999,
+    }
+    folder.delete(version.id)
+    folder.keep(version.id, {**files, "sample-1.png": b"png"})
+    async with database.transaction() as session:
+        row = await session.get_one(ModelVersion, version.id)
+        row.kind, row.files = (
+            "full",
+            {name: sha256(content) for name, content in [*files.items(), ("sample-1.png", b"png")]},
+        )
+    here = f"/models/{model.id}"
+    taken = await ada.get(f"{here}/file")
+    assert (taken.status_code, taken.headers["Content-Type"]) == (200, "application/zip")
+    assert taken.headers["Content-Disposition"] == 'attachment; filename="eve.zip"'
+    assert taken.headers["ETag"] == f'"{version.sha256}"'
+    with ZipFile(io.BytesIO(taken.content)) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == files
+    assert (await ada.get(f"{here}/file?version=1")).content == taken.content
+    assert wrong_answer(await ada.get(f"{here}/file?style=kohya"), 422, "no such form") is None
+    assert (await ada.get(f"{here}/versions/1/files/unet/config.json")).content == b"1"
+    assert (await ada.get(f"{here}/versions")).json()["versions"][0]["samples"] == [
+        f"{here}/versions/1/files/sample-1.png"
+    ]
+    assert wrong_answer(await bo.get(f"{here}/file"), 404) is None
+    folder.file_of(version.id, "unet/config.json").unlink()
+    assert wrong_answer(await ada.get(f"{here}/file"), 404) is None
 
 
 TRICKS = [

@@ -23,6 +23,7 @@ FIELDS: list[tuple[str, str | None]] = [
     *(("consent", value) for value in (None, "false", "0", "no", "", "perhaps")),
     *(("class_noun", value) for value in ("", "x", "Person", "person ", " person", "person.", "sks-person", LONG)),
     *(("steps", value) for value in ("0", "-1", str(MOST_STEPS + 1), "1.5", "ten", "1e3", "9" * 5000, "NaN")),
+    *(("kind", value) for value in ("", "Full", "full ", "checkpoint", "1")),
     *(("rank", value) for value in ("0", "-1", str(MOST_RANK + 1), "1.5", "ten")),
     *(("seed", value) for value in ("-1", str(2**32), "1.5", "x")),
     *(("flip", value) for value in ("2", "perhaps")),

@@ -229,6 +229,18 @@ async def test_a_base_that_one_user_has_is_for_nobody_else(
     assert await left(database, data_dir) == []
 
 
+async def test_whole_models_are_trained_where_the_operator_lets_it(
+    ada: httpx2.AsyncClient, database: Database, data_dir: Path
+) -> None:
+    whole = {**FORM, "kind": "full"}
+    refused = await ada.post("/trainings", data=whole, files=pictures(*GOOD))
+    assert wrong_answer(refused, 403, "whole models are not trained here") is None
+    assert "FULL_TRAINING" in refused.json()["hint"]
+    ranked = await ada.post("/trainings", data={**whole, "rank": "4"}, files=pictures(*GOOD))
+    assert wrong_answer(ranked, 422, "no rank") is None
+    assert await left(database, data_dir) == []
+
+
 async def test_a_full_disk_keeps_nothing(
     ada: httpx2.AsyncClient, database: Database, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
