@@ -11,7 +11,8 @@ from api.config import ModelSource
 from api.domain.generate import Studio
 from api.domain.models import TOKEN
 from api.engine.lesson import Lesson
-from api.store.models import SAMPLE, WEIGHTS, files_in, sha256, told
+from api.store.disk import told
+from api.store.models import SAMPLE, WEIGHTS, files_in, sha256
 from api.store.tables import Request
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 import errno
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ from api.engine.checkup import Checked, check_upload
 from api.errors import DatabaseUnavailable, InvalidRequest, NotAuthenticated, NotFound, SitterError
 from api.model_service import ModelService
 from api.store.database import Database
-from api.store.models import CHECKPOINT, INDEX, WEIGHTS, ModelFolder, files_in, model_sha256, sha256, told
+from api.store.disk import Disk, told
+from api.store.models import CHECKPOINT, INDEX, WEIGHTS, ModelFolder, files_in, model_sha256, sha256
 from api.store.tables import Model, ModelVersion, User, new_id, now
 
 MOST_BYTES = 8_000_000_000  # of one upload
 PEFT_WEIGHTS = "adapter_model.safetensors"
 COPIED_AT_ONCE = 1_000_000
 INSIDE = re.compile(r"([A-Za-z0-9][\w-]*/)?[A-Za-z0-9][\w.-]*")  # a file of a model's folder, by its name in there
+FREE_TEMPORARY = "Free some space where temporary files lie (TMPDIR) and send it again."
 NAMES = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}  # what is wrong with a file is its name
 _checks = CapacityLimiter(1)  # each takes a process and half a gigabyte
 Place = Callable[[Path], None]
@@ -45,6 +48,16 @@ class UploadOrder:
     source: ModelSource  # of the base that it is over, or like
     granted_by: str
     consent_days: int | None = None
+
+
+async def require_room(folder: ModelFolder, more: int) -> None:
+    """Looks whether `more` bytes can be kept: as they come among temporary files, and then as a model.
+
+    Raises:
+        StorageFull, StorageUnavailable: a disk has no room, or does not say.
+    """
+    await Disk(Path(tempfile.gettempdir()), FREE_TEMPORARY).require_room(more)
+    await folder.require_room(more)
 
 
 async def receive(

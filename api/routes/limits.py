@@ -27,7 +27,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         if scope["method"] == "POST" and (most := UPLOADS.get(scope["path"])):
-            return await self._app(scope, _Upload(receive, most, _declared(scope)), send)
+            return await self._app(scope, _Upload(receive, most, declared_bytes(scope)), send)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._read(scope, receive)
@@ -52,7 +52,7 @@ class BodyLimit:
             BodyTooLarge: it is, or says it is, over the limit.
         """
         too_large = BodyTooLarge(f"the body is over {self._most:,} bytes")
-        if _declared(scope) > self._most:
+        if declared_bytes(scope) > self._most:
             raise too_large
         body = b""
         more = True
@@ -96,7 +96,7 @@ class _Upload:
         return BodyTooLarge(f"the body is over {self._most:,} bytes", "Send fewer or smaller files.")
 
 
-def _declared(scope: Scope) -> int:
+def declared_bytes(scope: Scope) -> int:
     """Returns how long the body is said to be, in bytes; 0 where nothing is said."""
     declared = dict(scope["headers"]).get(b"content-length", b"")
     return int(declared) if declared.isdigit() else 0

@@ -9,12 +9,13 @@ from starlette.datastructures import FormData
 from api.config import UserId
 from api.domain import registry, uploads
 from api.domain.models import base_named
-from api.domain.uploads import Place, UploadOrder
+from api.domain.uploads import MOST_BYTES, Place, UploadOrder
 from api.domain.zips import zipped
 from api.errors import InvalidRequest
 from api.routes import forms
 from api.routes.caller import CallerDep, require
 from api.routes.errors import error_responses
+from api.routes.limits import declared_bytes
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id
 from api.wire.models import Model, ModelChange, ModelList, UploadRequest, VersionList
@@ -55,6 +56,7 @@ async def list_models(
 )
 async def add_model(http: Request, service: ServiceDep, caller: CallerDep, response: Response) -> Model:
     """Takes a model that was trained elsewhere: checked first, it draws from then on, as the newest version."""
+    await uploads.require_room(service.folder, min(MOST_BYTES, declared_bytes(http.scope)))  # over that it is 413
     async with forms.opened(http, 8) as form:
         request = forms.read(form, UploadRequest, FILE, ARCHIVE)
         user_id = caller.acts_for(request.user_id)
@@ -66,7 +68,6 @@ async def add_model(http: Request, service: ServiceDep, caller: CallerDep, respo
             caller.name,
             request.consent_days,
         )
-        await service.pictures.require_room()
         place = _place(form)
         model_id = await uploads.receive(
             service.settings, service.database, service.folder, service.models, order, place

@@ -1,46 +1,29 @@
 """The output folder: each picture in a file of its own name, whole or not there at all."""
 
-import asyncio
-import errno
-import math
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from anyio import CapacityLimiter, to_thread
-
 from api.config import USER_ID
 from api.errors import NotFound, StorageFull, StorageUnavailable
+from api.store.disk import NO_ROOM, Disk
 from api.whole import write_whole
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
-LOOK_SECONDS = 1.0  # between looks at it
-HANGING_SECONDS = 10.0
 PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(r\d+)?(_\d{{1,2}})?\.png")
 """What our pictures are called: user, date, time, the end of the job's id, which attempt and which picture it is."""
 PART = re.compile(r"\.picture-.+\.part")
 
 
-class PictureFolder:
+class PictureFolder(Disk):
     """Keeps pictures in one folder; their names are paths relative to it.
 
     Args:
         folder: made if it is not there.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
-        self._thread = CapacityLimiter(1)  # for a look at the disk, which may hang
-        self._look: asyncio.Task[None] | None = None
-        self._looked = -math.inf
-        self._free: int | None = None  # bytes, or no answer
 
     def check(self) -> None:
         """Makes the folder if it is not there, and a file without a name in it.
@@ -111,38 +94,6 @@ class PictureFolder:
             self.path_of(name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageUnavailable(f"{name} cannot be removed: {error.strerror}") from error
-
-    def free_bytes(self) -> int:
-        """Returns how much room the disk has."""
-        there = self._folder
-        while not there.exists():
-            there = there.parent
-        return shutil.disk_usage(there).free
-
-    async def require_room(self) -> None:
-        """Looks, once a second at most, whether the disk has room for a few pictures.
-
-        Raises:
-            StorageFull: it has not.
-            StorageUnavailable: it does not say, as a network disk that hangs.
-        """
-        if time.monotonic() - self._looked >= LOOK_SECONDS:
-            # One look for all who ask meanwhile.
-            self._look = self._look or asyncio.create_task(self._measure())
-            await asyncio.shield(self._look)
-        if self._free is None:
-            raise StorageUnavailable(f"the disk of {self._folder.name}/ does not answer")
-        if self._free < ROOM_BYTES:
-            raise StorageFull(f"the disk of {self._folder.name}/ is full")
-
-    async def _measure(self) -> None:
-        try:
-            async with asyncio.timeout(HANGING_SECONDS):
-                self._free = await to_thread.run_sync(self.free_bytes, abandon_on_cancel=True, limiter=self._thread)
-        except (TimeoutError, OSError):
-            self._free = None
-        finally:
-            self._looked, self._look = time.monotonic(), None
 
     def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str, str]]:
         """Yields (name, user, end of its job's id) of our pictures that were written so long ago."""

@@ -6,12 +6,12 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from api.errors import NotFound, StorageFull, StorageUnavailable
-from api.store.files import NO_ROOM
+from api.errors import NotFound
+from api.store.disk import FREE_DATA, Disk, told
 from api.whole import sync_file, sync_folder, write_whole
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -25,7 +25,7 @@ PHOTOS = "photos"
 WORK = "work"
 
 
-class ModelFolder:
+class ModelFolder(Disk):
     """Keeps versions, each in a folder of its own that is whole or not there, and trainings under way.
 
     Args:
@@ -33,6 +33,7 @@ class ModelFolder:
     """
 
     def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir, FREE_DATA)
         self._versions = data_dir.absolute() / "models"
         self._trainings = data_dir.absolute() / "trainings"
 
@@ -133,17 +134,6 @@ def model_sha256(hashes: Mapping[str, str]) -> str:
     names = model_files(hashes)
     one = len(names) == 1
     return hashes[names[0]] if one else sha256(repr([(name, hashes[name]) for name in names]).encode())
-
-
-@contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """Tells what keeps the block from writing into `folder`. Raises StorageFull, StorageUnavailable."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise StorageFull(f"the disk of {folder.parent.name}/ is full") from error
-        raise StorageUnavailable(f"{folder.parent.name}/ cannot be written to: {error.strerror}") from error
 
 
 def _keep_whole(folder: Path, files: Iterable[tuple[str, bytes | Path]]) -> None:

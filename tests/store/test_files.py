@@ -12,7 +12,7 @@ from threading import Barrier, Event
 import pytest
 
 from api.errors import NotFound, StorageFull, StorageUnavailable
-from api.store import files
+from api.store import disk
 from api.store.files import PictureFolder
 from api.whole import write_whole
 
@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     assert folder.read(NAME) == b"x" * 5000
 
 
-@pytest.mark.parametrize("number", sorted(files.NO_ROOM))
+@pytest.mark.parametrize("number", sorted(disk.NO_ROOM))
 @pytest.mark.parametrize("call", ["pathlib.Path.mkdir", "tempfile.mkstemp", "os.fsync", "pathlib.Path.replace"])
 def test_no_room_anywhere_on_the_way_is_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
@@ -242,19 +242,19 @@ def test_a_file_that_is_made_once_is_never_replaced(
 async def test_a_disk_that_hangs_is_told_to_all_who_ask_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "HANGING_SECONDS", 0.2)
+    monkeypatch.setattr(disk, "HANGING_SECONDS", 0.2)
     folder, hangs, looks = PictureFolder(tmp_path), Event(), 0
 
     def look() -> int:
         nonlocal looks
         looks += 1
         hangs.wait(60)
-        return files.ROOM_BYTES
+        return disk.ROOM_BYTES
 
     monkeypatch.setattr(folder, "free_bytes", look)
     answers = await asyncio.gather(*(folder.require_room() for _ in range(50)), return_exceptions=True)
     assert {type(answer) for answer in answers} == {StorageUnavailable}
     assert looks == 1
     hangs.set()
-    monkeypatch.setattr(files, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(disk, "LOOK_SECONDS", 0)
     await folder.require_room()
