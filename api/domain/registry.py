@@ -45,18 +45,26 @@ class Registry:
     wake: Wake
 
 
-async def page(registry: Registry, caller: Caller, user_id: str | None) -> list[Model]:
-    """Returns the models that the caller may see, or those of one user; the configured ones at the end.
+async def page(
+    registry: Registry, caller: Caller, user_id: str | None, before: str | None = None, limit: int | None = None
+) -> list[Model]:
+    """Returns the models older than `before` that the caller may see, or those of one user, newest first.
+
+    Up to `limit` of them; where that is all there are, the configured ones at the end.
 
     Raises:
         Forbidden: `user_id` is somebody else.
     """
     owner = caller.owner_filter(user_id)
-    wanted = select(tables.Model).order_by(tables.Model.id)
+    wanted = select(tables.Model).order_by(tables.Model.id.desc()).limit(limit)
     if owner is not None:
         wanted = wanted.where(tables.Model.user_id == owner)
+    if before is not None:
+        wanted = wanted.where(tables.Model.id < before)
     async with registry.database.reading() as session:
         own = await _described(session, list(await session.scalars(wanted)))
+    if len(own) == limit:
+        return own
     users = [user for user in registry.settings.user_models if owner is None or user in (owner, DEFAULT_USER)]
     return own + [_configured(registry.settings, user) for user in users]
 
@@ -67,12 +75,20 @@ async def find(registry: Registry, caller: Caller, model_id: str) -> Model:
         return (await _described(session, [await _get(session, caller, model_id)]))[0]
 
 
-async def versions(registry: Registry, caller: Caller, model_id: str) -> list[Version]:
-    """Returns a model's versions, newest first. Raises NotFound when there is none that the caller may see."""
+async def versions(
+    registry: Registry, caller: Caller, model_id: str, before: int | None = None, limit: int | None = None
+) -> list[Version]:
+    """Returns up to `limit` of a model's versions, those before number `before`, newest first.
+
+    Raises:
+        NotFound: there is no model that the caller may see.
+    """
     async with registry.database.reading() as session:
         model = await _get(session, caller, model_id)
-        found = select(ModelVersion).where(ModelVersion.model_id == model.id).order_by(ModelVersion.number.desc())
-        return [_version(model, version) for version in await session.scalars(found)]
+        wanted = select(ModelVersion).where(ModelVersion.model_id == model.id).order_by(ModelVersion.number.desc())
+        if before is not None:
+            wanted = wanted.where(ModelVersion.number < before)
+        return [_version(model, version) for version in await session.scalars(wanted.limit(limit))]
 
 
 async def rename(registry: Registry, caller: Caller, model_id: str, name: str) -> Model:

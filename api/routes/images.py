@@ -13,6 +13,7 @@ from api.config import UserId
 from api.domain import library
 from api.domain.library import Wanted
 from api.errors import InvalidRequest, SitterError
+from api.routes import etags
 from api.routes.caller import CallerDep, require
 from api.routes.errors import error_answer, error_responses
 from api.routes.service import ServiceDep
@@ -134,7 +135,7 @@ async def show_image(image_id: ImageId, service: ServiceDep, caller: CallerDep) 
             "description": "The part that `Range` asks for.",
             "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
         },
-        304: {"description": "You have it already: its ETag stands in `If-None-Match`."},
+        **etags.KNOWN,
         **error_responses(401, 403, 404, 416, 422, 429, 503),
     },
     dependencies=[Depends(require("read"))],
@@ -144,7 +145,7 @@ async def fetch_image(
     image_id: ImageId,
     service: ServiceDep,
     caller: CallerDep,
-    if_none_match: Annotated[str | None, Header(description="ETags that you have.")] = None,
+    if_none_match: etags.IfNoneMatch = None,
     range: Annotated[str | None, Header(description="A part of the file: `bytes=0-1023`.")] = None,
     if_range: Annotated[str | None, Header(description="Send the whole unless this is the ETag.")] = None,
     download: Annotated[bool, Query(description="Have browsers save it rather than show it.")] = False,
@@ -152,7 +153,7 @@ async def fetch_image(
     """Sends the PNG, or the part of it that `Range` asks for."""
     file = await library.file_of(service.database, service.pictures, caller, image_id)
     headers = {"ETag": f'"{file.sha256}"', "Cache-Control": CACHE}
-    if if_none_match is not None and _names(if_none_match, headers["ETag"]):
+    if etags.is_known(headers["ETag"], if_none_match):
         return Response(status_code=304, headers=headers)
     part = _part(range) if if_range in (None, headers["ETag"]) else None
     if part is not None and (part[1] == 0 or (part[0] or 0) >= file.bytes):
@@ -166,12 +167,6 @@ async def fetch_image(
         filename=file.name,
         content_disposition_type="attachment" if download else "inline",
     )
-
-
-def _names(if_none_match: str, etag: str) -> bool:
-    """Tells whether the header names `etag`; weak ones count (RFC 9110, 13.1.2)."""
-    given = [one.strip().removeprefix("W/") for one in if_none_match.split(",")]
-    return "*" in given or etag in given
 
 
 @router.delete(

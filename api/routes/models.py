@@ -12,7 +12,7 @@ from api.domain.models import base_named
 from api.domain.uploads import MOST_BYTES, Place, UploadOrder
 from api.domain.zips import zipped
 from api.errors import InvalidRequest
-from api.routes import forms
+from api.routes import etags, forms
 from api.routes.caller import CallerDep, require
 from api.routes.errors import error_responses
 from api.routes.limits import declared_bytes
@@ -41,9 +41,13 @@ async def list_models(
     service: ServiceDep,
     caller: CallerDep,
     user_id: Annotated[UserId | None, Query(description="Whose; for administrators.")] = None,
+    before: Annotated[Id | None, Query(description="Older than this model.")] = None,
+    limit: Annotated[int, Query(description="Most of your own on a page.", ge=1, le=100)] = 100,
 ) -> ModelList:
-    """Lists your own models, and at the end what the operator configured for you."""
-    return ModelList(models=await registry.page(service.registry, caller, user_id))
+    """Lists your own models, newest first, a page at a time; at the end what the operator configured for you."""
+    models = await registry.page(service.registry, caller, user_id, before, limit)
+    is_full = len(models) == limit and models[-1].status != "configured"
+    return ModelList(models=models, before=models[-1].id if is_full else None)
 
 
 @router.post(
@@ -128,12 +132,19 @@ async def revoke_consent(model_id: ModelId, service: ServiceDep, caller: CallerD
 @router.get(
     "/{model_id}/versions",
     summary="List a model's versions",
-    responses=error_responses(401, 403, 404),
+    responses=error_responses(401, 403, 404, 422),
     dependencies=READ,
 )
-async def list_versions(model_id: ModelId, service: ServiceDep, caller: CallerDep) -> VersionList:
-    """Lists a model's versions, newest first: how each was made, and how good it is."""
-    return VersionList(versions=await registry.versions(service.registry, caller, model_id))
+async def list_versions(
+    model_id: ModelId,
+    service: ServiceDep,
+    caller: CallerDep,
+    before: Annotated[int | None, Query(description="Older than this version.", ge=1, le=2**31 - 1)] = None,
+    limit: Annotated[int, Query(description="Most versions on a page.", ge=1, le=100)] = 100,
+) -> VersionList:
+    """Lists a model's versions, newest first, a page at a time: how each was made, and how good it is."""
+    versions = await registry.versions(service.registry, caller, model_id, before, limit)
+    return VersionList(versions=versions, before=versions[-1].version if len(versions) == limit else None)
 
 
 @router.post(
@@ -151,7 +162,7 @@ async def publish_version(model_id: ModelId, number: Number, service: ServiceDep
     "/{model_id}/versions/{number}/files/{name:path}",
     summary="Fetch a file of a version",
     response_class=FileResponse,
-    responses=error_responses(401, 403, 404, 422),
+    responses={**etags.KNOWN, **error_responses(401, 403, 404, 422)},
     dependencies=READ,
 )
 async def fetch_file(
@@ -160,10 +171,13 @@ async def fetch_file(
     name: Annotated[str, Path(description="As the version lists it.", max_length=100, examples=["sample-1.png"])],
     service: ServiceDep,
     caller: CallerDep,
-) -> FileResponse:
+    if_none_match: etags.IfNoneMatch = None,
+) -> Response:
     """Sends a file of a version: its weights, or a picture that shows what it draws."""
     path, sha256 = await registry.file_of(service.registry, caller, model_id, number, name)
     headers = {"ETag": f'"{sha256}"', "Cache-Control": CACHE}
+    if etags.is_known(headers["ETag"], if_none_match):
+        return Response(status_code=304, headers=headers)
     return FileResponse(path, headers=headers, filename=name, content_disposition_type="inline")
 
 
@@ -171,7 +185,7 @@ async def fetch_file(
     "/{model_id}/file",
     summary="Take a model along",
     response_class=FileResponse,
-    responses=error_responses(401, 403, 404, 422),
+    responses={**etags.KNOWN, **error_responses(401, 403, 404, 422)},
     dependencies=READ,
 )
 async def fetch_weights(
@@ -182,16 +196,19 @@ async def fetch_weights(
     style: Annotated[
         Literal["diffusers", "kohya"], Query(description="`kohya` is what A1111 and ComfyUI read.")
     ] = "diffusers",
+    if_none_match: etags.IfNoneMatch = None,
 ) -> Response:
     """Sends a version: a LoRA that diffusers loads, or other programs (kohya's keys); a whole model as a ZIP."""
     model = await registry.find(service.registry, caller, model_id)
     kept = await registry.weights_of(service.registry, caller, model_id, version)
+    headers = {"ETag": f'"{kept.sha256}{"-kohya" if style == "kohya" else ""}"', "Cache-Control": CACHE}
+    if etags.is_known(headers["ETag"], if_none_match):
+        return Response(status_code=304, headers=headers)
     name = f"{model.name}.safetensors"
     if style == "kohya":
-        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        headers["Content-Disposition"] = f'attachment; filename="{name}"'
         return Response(await registry.as_kohya(kept), headers=headers, media_type="application/octet-stream")
-    headers = {"ETag": f'"{kept.sha256}"'}
     if kept.file is not None:
         return FileResponse(kept.file, headers=headers, filename=name)
-    headers |= {"Content-Disposition": f'attachment; filename="{model.name}.zip"'}
+    headers["Content-Disposition"] = f'attachment; filename="{model.name}.zip"'
     return StreamingResponse(zipped(kept.files, kept.made), headers=headers, media_type="application/zip")

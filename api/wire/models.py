@@ -64,9 +64,13 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Models, oldest first; configured ones at the end."""
+    """Models, newest first; configured ones at the end."""
 
-    models: list[Model] = Field(description="All that you may see.")
+    models: list[Model] = Field(description="At most `limit`, and on the last page those that are configured.")
+    before: str | None = Field(
+        description="Pass it as `before` for the next page; null on the last.",
+        examples=["019a9f3c2d10b1946ac93f21d07e"],
+    )
 
 
 class Version(BaseModel):
@@ -91,7 +95,8 @@ class Version(BaseModel):
 class VersionList(BaseModel):
     """A model's versions, newest first."""
 
-    versions: list[Version] = Field(description="All of them.")
+    versions: list[Version] = Field(description="At most `limit`.")
+    before: int | None = Field(description="Pass it as `before` for the next page; null on the last.", examples=[None])
 
 
 class ModelChange(BaseModel):

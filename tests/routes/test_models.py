@@ -68,7 +68,7 @@ async def test_everybody_sees_their_own_models_and_what_is_configured_for_them(
         assert answer.status_code == 200, answer.text
         return [(model["model_id"], model["status"]) for model in answer.json()["models"]]
 
-    adas = [("ada/eve@1", "ready"), ("ada/style", "unpublished")]
+    adas = [("ada/style", "unpublished"), ("ada/eve@1", "ready")]  # newest first
     assert (await seen(ada))[:2] == adas
     assert {status for _, status in (await seen(ada))[2:]} == {"configured"}
     assert {model["user_id"] for model in (await ada.get("/models")).json()["models"]} == {"ada", "default"}
@@ -77,6 +77,61 @@ async def test_everybody_sees_their_own_models_and_what_is_configured_for_them(
     async with people.client_of(app, await people.add_key(database, "root")) as root:
         assert {model_id for model_id, _ in await seen(root)} >= {"ada/eve@1", "ada/style", "bo/bob@1"}
         assert (await seen(root, "?user_id=ada"))[:2] == adas
+
+
+async def test_models_and_versions_come_a_page_at_a_time(
+    ada: httpx2.AsyncClient, database: Database, folder: ModelFolder
+) -> None:
+    made = [(await add_model(database, folder, "ada", f"eve{number}"))[0] for number in range(5)]
+    await add_model(database, folder, "bo", "bob")
+
+    async def pages(path: str, key: str, limit: int) -> list[list[Any]]:
+        found, before = list[list[Any]](), ""
+        while before is not None:
+            answer = await ada.get(f"{path}?limit={limit}{before and f'&before={before}'}")
+            assert answer.status_code == 200, answer.text
+            found.append(answer.json()[key])
+            before = answer.json()["before"]
+        return found
+
+    newest = [model.id for model in reversed(made)]
+    for limit, sizes in ((2, [2, 2, 1]), (5, [5, 0]), (100, [5])):
+        found = await pages("/models", "models", limit)
+        own = [[model["id"] for model in page if model["status"] != "configured"] for page in found]
+        assert [len(page) for page in own] == sizes
+        assert [model_id for page in own for model_id in page] == newest
+        configured = [{model["user_id"] for model in page if model["status"] == "configured"} for page in found]
+        assert configured == [set()] * (len(found) - 1) + [{"ada", "default"}], "on the last page"
+    assert "before" in (await ada.get("/models")).json()
+    for number in range(4):
+        await add_model(database, folder, "ada", "eve0", bytes([number]))
+    there = f"/models/{made[0].id}/versions"
+    found = [[version["version"] for version in page] for page in await pages(there, "versions", 2)]
+    assert found == [[5, 4], [3, 2], [1]]
+    for query in ("limit=0", "limit=101", "limit=x", "before=0", "before=x", f"before={2**31}"):
+        assert wrong_answer(await ada.get(f"{there}?{query}"), 422) is None
+    for query in ("limit=0", "limit=101", "before=x", f"before={'0' * 27}", f"before={'G' * 28}"):
+        assert wrong_answer(await ada.get(f"/models?{query}"), 422) is None
+
+
+async def test_a_file_that_is_known_is_not_sent_again(
+    ada: httpx2.AsyncClient, database: Database, folder: ModelFolder
+) -> None:
+    model, _ = await add_model(database, folder, "ada", "eve")
+    paths = [f"/models/{model.id}/versions/1/files/{WEIGHTS}", f"/models/{model.id}/file"]
+    for path in paths:
+        etag = (await ada.get(path)).headers["ETag"]
+        for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+            answer = await ada.get(path, headers={"If-None-Match": known})
+            assert (answer.status_code, answer.content, answer.headers["ETag"]) == (304, b"", etag)
+        assert (await ada.get(path, headers={"If-None-Match": '"other"'})).content == b"weights"
+    kohya = f'"{sha256(b"weights")}-kohya"'
+    answer = await ada.get(f"{paths[1]}?style=kohya", headers={"If-None-Match": kohya})
+    assert (answer.status_code, answer.headers["ETag"]) == (304, kohya)
+    await add_model(database, folder, "ada", "eve", b"second")
+    assert (await ada.get(paths[1], headers={"If-None-Match": etag})).content == b"second"
+    await ada.delete(f"/models/{model.id}/consent")
+    assert refused(await ada.get(paths[0], headers={"If-None-Match": "*"}))
 
 
 async def test_anothers_model_is_not_there(
