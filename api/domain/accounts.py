@@ -17,7 +17,7 @@ from sqlalchemy import delete, or_, select, update
 from api.config import DEFAULT_USER, Settings
 from api.domain import audit, quota
 from api.domain.passwords import Passwords, Throttle
-from api.domain.rate import Limiter, Streams
+from api.domain.rate import Bodies, Limiter, Streams
 from api.domain.setup import SetupLink
 from api.domain.tokens import (
     KEY_MARK,
@@ -127,6 +127,7 @@ class Accounts:
     throttle: Throttle = field(default_factory=Throttle)
     limiter: Limiter = field(default_factory=Limiter)
     streams: Streams = field(default_factory=Streams)
+    bodies: Bodies = field(default_factory=Bodies)
     setup: SetupLink = field(default_factory=SetupLink)
 
 

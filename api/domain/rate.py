@@ -1,8 +1,8 @@
-"""How often a user may ask, in a window of a minute that slides, and how many event streams they may have open."""
+"""How often a user may ask, in a window of a minute that slides, and how many streams and uploads may be under way."""
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from math import ceil
 
@@ -15,6 +15,7 @@ from api.errors import LimitReached
 from api.store.tables import now
 
 STREAMS = 100  # open ones of a user: each looks at the database once a second
+BODIES = 3  # of a user that come at once, of those that may have gigabytes: each takes a place on the disk
 
 
 class Limiter:
@@ -48,21 +49,17 @@ class Limiter:
         return Left(per_minute, used, datetime.fromtimestamp(stats.reset_time, UTC) if used else None)
 
 
-class Streams:
-    """Counts open event streams by user. In this process's memory, as `Limiter`."""
+class _Open:
+    """Counts what is open by user. In this process's memory, as `Limiter`."""
 
     def __init__(self) -> None:
         self._open = Counter[str]()
 
     @contextmanager
-    def one(self, user_id: str) -> Iterator[None]:
-        """Counts a stream while the block runs.
-
-        Raises:
-            LimitReached: it is one too many; not counted.
-        """
-        if self._open[user_id] >= STREAMS:
-            raise LimitReached(f"{STREAMS} event streams at once are allowed", "Close one, or wait until its job ends.")
+    def _one(self, user_id: str, most: int, refusal: LimitReached) -> Iterator[None]:
+        """Counts one more while the block runs. Raises `refusal` when it is one too many; that is not counted."""
+        if self._open[user_id] >= most:
+            raise refusal
         self._open[user_id] += 1
         try:
             yield
@@ -70,3 +67,21 @@ class Streams:
             self._open[user_id] -= 1
             if not self._open[user_id]:
                 del self._open[user_id]
+
+
+class Streams(_Open):
+    """Counts open event streams."""
+
+    def one(self, user_id: str) -> AbstractContextManager[None]:
+        """Counts a stream while the block runs. Raises LimitReached."""
+        refusal = f"{STREAMS} event streams at once are allowed", "Close one, or wait until its job ends."
+        return self._one(user_id, STREAMS, LimitReached(*refusal))
+
+
+class Bodies(_Open):
+    """Counts large bodies on their way here, and what becomes of them while their sender waits."""
+
+    def one(self, user_id: str) -> AbstractContextManager[None]:
+        """Counts a body while the block runs. Raises LimitReached."""
+        refusal = f"{BODIES} uploads at once are allowed", "Send it again once one of them has ended."
+        return self._one(user_id, BODIES, LimitReached(*refusal))

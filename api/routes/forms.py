@@ -9,14 +9,23 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.requests import ClientDisconnect
 
 from api.errors import InvalidRequest, StorageFull, StorageUnavailable
+from api.routes.caller import CallerDep
+from api.routes.service import ServiceDep
 
 Fields = TypeVar("Fields", bound=BaseModel)
 FILE = {"type": "string", "format": "binary"}
 MOST_FIELDS = 32
 FIELD_BYTES = 10_000
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+async def one_body(service: ServiceDep, caller: CallerDep) -> AsyncIterator[None]:
+    """Counts a large body until it is answered. Raises LimitReached when its sender has too many on their way."""
+    with service.accounts.bodies.one(caller.name):
+        yield
 
 
 @asynccontextmanager
@@ -31,6 +40,8 @@ async def opened(http: Request, files: int) -> AsyncIterator[FormData]:
         form = await http.form(max_files=files, max_fields=MOST_FIELDS, max_part_size=FIELD_BYTES)
     except UnicodeError as error:
         raise InvalidRequest("the form cannot be read: its charset is not known") from error
+    except ClientDisconnect as error:
+        raise InvalidRequest("the form broke off") from error  # for the log: nobody is there to be told
     except OSError as error:
         if error.errno in NO_ROOM:
             raise StorageFull("the disk for what is sent is full") from error

@@ -55,7 +55,7 @@ async def list_models(
     status_code=201,
     summary="Send a model",
     responses=error_responses(400, 401, 403, 404, 408, 413, 422, 429, 503, 507),
-    dependencies=MANAGE,
+    dependencies=[*MANAGE, Depends(forms.one_body)],
     openapi_extra=forms.document(UploadRequest, **SENT),
 )
 async def add_model(http: Request, service: ServiceDep, caller: CallerDep, response: Response) -> Model:

@@ -42,7 +42,7 @@ PHOTOS: dict[str, Any] = {
     status_code=202,
     summary="Train a model of somebody from a few pictures",
     responses=error_responses(400, 401, 403, 404, 408, 413, 422, 429, 503, 507),
-    dependencies=[Depends(require("manage"))],
+    dependencies=[Depends(require("manage")), Depends(forms.one_body)],
     openapi_extra=forms.document(TrainingRequest, **PHOTOS),
 )
 async def make_training(

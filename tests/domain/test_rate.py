@@ -1,7 +1,7 @@
 import pytest
 
 from api.domain import rate
-from api.domain.rate import Limiter, Streams
+from api.domain.rate import Bodies, Limiter, Streams
 from api.errors import LimitReached
 
 pytestmark = pytest.mark.anyio
@@ -27,11 +27,16 @@ async def test_users_do_not_share_and_0_is_no_limit() -> None:
     assert (await limiter.left("ada", 0)).left is None
 
 
-async def test_streams_are_counted_by_user_while_they_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rate, "STREAMS", 2)
-    streams = Streams()
+@pytest.mark.parametrize(
+    ("kind", "most", "told"), [(Streams, "STREAMS", "2 event streams"), (Bodies, "BODIES", "2 up")]
+)
+async def test_they_are_counted_by_user_while_they_are_open(
+    kind: type[Streams | Bodies], most: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate, most, 2)
+    streams = kind()
     with streams.one("ada"), streams.one("bo"):
-        with streams.one("ada"), pytest.raises(LimitReached, match="2 event streams"), streams.one("ada"):
+        with streams.one("ada"), pytest.raises(LimitReached, match=told), streams.one("ada"):
             pass
         with pytest.raises(ZeroDivisionError), streams.one("ada"):
             raise ZeroDivisionError
