@@ -32,6 +32,7 @@ from api.routes import (
     privacy,
     setup,
     trainings,
+    uploads,
 )
 from api.routes.docs import add_docs
 from api.routes.errors import add_error_handlers, error_responses
@@ -70,7 +71,21 @@ def create_app(settings: Settings, make_models: MakeModels = ModelService) -> Fa
     )
     app.add_middleware(BodyLimit)
     add_error_handlers(app)
-    for room in (generate, jobs, images, models, trainings, accounts, privacy, admin, setup, health, metrics, cache):
+    for room in (
+        generate,
+        jobs,
+        images,
+        models,
+        uploads,
+        trainings,
+        accounts,
+        privacy,
+        admin,
+        setup,
+        health,
+        metrics,
+        cache,
+    ):
         app.include_router(room.router)
     add_docs(app)
     add_guard(app, settings)

@@ -1,4 +1,4 @@
-"""Folders of trainings and models that belong to nothing any more: left by ends, crashes and erasures."""
+"""Trainings, models and uploads that belong to nothing any more: left by ends, crashes and erasures."""
 
 import asyncio
 import itertools
@@ -29,8 +29,9 @@ ROWS_AT_ONCE = 500
 async def keep_swept(own: Registry) -> None:
     """Sweeps now and then, until it is cancelled."""
     trainings, versions = (partial(sweep, own.folder, own.database) for sweep in (sweep_trainings, sweep_versions))
+    uploads = partial(sweep_uploads, own.folder)
     for number in itertools.count():
-        for sweep, every in ((trainings, 1), (partial(expire, own), SELDOM), (versions, SELDOM)):
+        for sweep, every in ((trainings, 1), (partial(expire, own), SELDOM), (versions, SELDOM), (uploads, SELDOM)):
             try:
                 if number % every == 0 and (removed := await sweep()):
                     log.info("swept", folders=removed)
@@ -86,6 +87,11 @@ async def sweep_versions(folder: ModelFolder, database: Database, seconds: float
             if not known.get(version_id, age <= seconds):
                 removed += await _removed(folder.delete, version_id)
     return removed
+
+
+async def sweep_uploads(folder: ModelFolder) -> int:
+    """Removes uploads that have expired; returns how many those were."""
+    return await anyio.to_thread.run_sync(folder.uploads.sweep)
 
 
 async def _removed(remove: Callable[..., bool], *what: Any) -> bool:

@@ -14,7 +14,7 @@ import anyio.to_thread
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from api.domain import audit, jobs, keys, library, registry, users
+from api.domain import audit, jobs, keys, library, registry, resumable, users
 from api.domain.accounts import Caller
 from api.domain.registry import Registry
 from api.domain.wake import Wake
@@ -229,6 +229,7 @@ async def erase(
     written = await anyio.to_thread.run_sync(lambda: list(pictures.pictures_older_than(0)))
     await library.delete_files(pictures, {*images, *(name for name, user, _ in written if user == user_id)})
     await registry.forget(own, gone)
+    await resumable.erase(own.folder.uploads, user_id)
     await anyio.to_thread.run_sync(own.models.forget, user_id)
 
 

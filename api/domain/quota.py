@@ -118,19 +118,23 @@ def check(user: User, used: Used, settings: Settings, images: int, steps: int) -
             _refuse(name, states[name], number)
 
 
-async def require_space(session: AsyncSession, settings: Settings, user_id: str, more: int = 0) -> None:
-    """Raises LimitReached when a user's own models take more bytes than one may keep, or would with `more`.
-
-    The transaction holds the user's row. What a training makes may go beyond it once: nobody knows its size before.
-    """
+async def kept_bytes(session: AsyncSession, user_id: str) -> int:
+    """Returns how many bytes a user's own models take."""
     theirs = select(func.sum(ModelVersion.bytes)).join(Model, Model.id == ModelVersion.model_id)
-    held = int(await session.scalar(theirs.where(Model.user_id == user_id)) or 0)
+    return int(await session.scalar(theirs.where(Model.user_id == user_id)) or 0)
+
+
+def require_space(settings: Settings, held: int, more: int = 0) -> None:
+    """Raises LimitReached when own models of `held` bytes are more than one user may keep, or would be with `more`.
+
+    What a training makes may go beyond it once: nobody knows its size before.
+    """
     most = int(settings.limit_models_gb * 1e9)
     if most and held + more > most:
         this = f", this one {more / 1e9:.1f}" if more else ""
         raise LimitReached(
             f"your models take {held / 1e9:.1f} GB{this}, and {most / 1e9:.1f} may be kept",
-            "Erase one that is not needed: DELETE /models/{id}.",
+            "Erase one that is not needed: DELETE /models/{id}, and DELETE /uploads/{id} of what is on its way.",
         )
 
 

@@ -154,7 +154,7 @@ async def _accept(
     used = await quota.used(session, [user.id])
     quota.check(user, used[user.id], settings, images=0, steps=0)
     await _require_place(session, settings, user.id)
-    await quota.require_space(session, settings, user.id)
+    quota.require_space(settings, await quota.kept_bytes(session, user.id))
     model = await open_model(session, user.id, order.name, order.class_noun)
     consent = granted(model, order.granted_by, order.consent_days, photos)
     session.add(consent)

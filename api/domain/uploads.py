@@ -96,8 +96,8 @@ async def receive(
         files = await anyio.to_thread.run_sync(_hashes, part)
         await anyio.to_thread.run_sync(folder.finish, version_id)
         async with database.transaction() as session:
-            await _hold(session, settings, order.user_id)
-            await quota.require_space(session, settings, order.user_id, checked.bytes)
+            await _hold_user(session, settings, order.user_id)
+            quota.require_space(settings, await quota.kept_bytes(session, order.user_id), checked.bytes)
             model = await open_model(session, order.user_id, order.name, order.class_noun)
             is_new = await _add(session, model, order, version_id, checked, files, base_hash)
     except DatabaseUnavailable:
@@ -110,6 +110,11 @@ async def receive(
     return model.id
 
 
+def named(name: str, sent: IO[bytes]) -> Place:
+    """Returns what writes what was sent, a ZIP or one file, as its name says."""
+    return unpacked(sent) if name.lower().endswith(".zip") else placed(name, sent)
+
+
 def placed(name: str, sent: IO[bytes]) -> Place:
     """Returns what writes one file that was sent, under a name of ours."""
     if not name.endswith(".safetensors"):
@@ -120,6 +125,21 @@ def placed(name: str, sent: IO[bytes]) -> Place:
             shutil.copyfileobj(sent, file, COPIED_AT_ONCE)
 
     return place
+
+
+def matching(place: Place, sent: IO[bytes], sha256: str | None) -> Place:
+    """Returns what writes as `place` does, if what was sent has this hash, where one is said."""
+    if sha256 is None:
+        return place
+
+    def compared(part: Path) -> None:
+        sent.seek(0)
+        if hashlib.file_digest(sent, "sha256").hexdigest() != sha256:  # type: ignore[arg-type]
+            raise InvalidRequest("what came has another SHA-256 than you say", "Send it again.")
+        sent.seek(0)
+        place(part)
+
+    return compared
 
 
 def unpacked(sent: IO[bytes]) -> Place:
@@ -184,8 +204,8 @@ def _hashes(part: Path) -> dict[str, str]:
     return {name: sha256(path) for name, path in files_in(part).items()}
 
 
-async def _hold(session: AsyncSession, settings: Settings, user_id: str) -> None:
-    """Holds the user. Raises NotFound or NotAuthenticated when there is none who may send a model."""
+async def _hold_user(session: AsyncSession, settings: Settings, user_id: str) -> None:
+    """Holds the user's row. Raises NotFound or NotAuthenticated when there is none who may send a model."""
     if settings.auth == "open":
         await quota.ensure_users(session, [user_id])
     user = await session.get(User, user_id, with_for_update=True)

@@ -56,7 +56,7 @@ async def _ours(_: Request, error: Exception) -> JSONResponse:
 async def _schema(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid" or first["loc"] == ("body",):
+    if first["type"] == "json_invalid" or (first["loc"] == ("body",) and first["type"] != "value_error"):
         return error_answer(
             InvalidRequest("the body is not a JSON object", 'Send {"prompt": "…"} as application/json.')
         )

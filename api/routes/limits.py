@@ -1,6 +1,7 @@
 """Bounds the body of every request, in bytes and seconds, before anybody parses it."""
 
 import asyncio
+import math
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +13,7 @@ MAX_BODY_BYTES = 1_000_000
 BODY_SECONDS = 20.0
 # Bytes of the bodies that routes read piece by piece themselves.
 UPLOADS = {"/trainings": 420_000_000, "/models": 8_100_000_000}
+PIECES, PIECE_BYTES = "/uploads/", 8_100_000_000  # of PATCH: an upload goes on later, so that silence ends one soon
 BYTES_PER_SECOND = 20_000  # that an upload brings at least, after its first seconds
 
 
@@ -26,8 +28,8 @@ class BodyLimit:
         """Answers 413 or 408, or passes the request on with its whole body at hand."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        if scope["method"] == "POST" and (most := UPLOADS.get(scope["path"])):
-            return await self._app(scope, _Upload(receive, most, declared_bytes(scope)), send)
+        if upload := _upload(scope, receive):
+            return await self._app(scope, upload, send)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._read(scope, receive)
@@ -70,10 +72,11 @@ class BodyLimit:
 class _Upload:
     """Hands on the pieces of a large body, as long as they come fast enough and are not too many."""
 
-    def __init__(self, receive: Receive, most: int, declared: int) -> None:
+    def __init__(self, receive: Receive, most: int, declared: int, silence: float = math.inf) -> None:
         self._receive = receive
         self._most = most
         self._declared = declared
+        self._silence = silence  # seconds between two pieces
         self._bytes = 0
         self._began = time.monotonic()
 
@@ -83,10 +86,11 @@ class _Upload:
             raise self._too_large()
         late = self._began + BODY_SECONDS + self._bytes / BYTES_PER_SECOND - time.monotonic()
         try:
-            async with asyncio.timeout(late):
+            async with asyncio.timeout(min(late, self._silence)):
                 message = await self._receive()
         except TimeoutError as error:
-            raise BodyTooSlow("the upload comes too slowly") from error
+            hint = "Ask with HEAD how far it is, and go on from there." if self._silence < math.inf else None
+            raise BodyTooSlow("the upload comes too slowly", hint) from error
         self._bytes += len(message.get("body", b""))
         if self._bytes > self._most:
             raise self._too_large()
@@ -94,6 +98,15 @@ class _Upload:
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is over {self._most:,} bytes", "Send fewer or smaller files.")
+
+
+def _upload(scope: Scope, receive: Receive) -> _Upload | None:
+    """Returns what hands on the body of a request whose route reads it piece by piece."""
+    if scope["method"] == "POST" and (most := UPLOADS.get(scope["path"])):
+        return _Upload(receive, most, declared_bytes(scope))
+    if scope["method"] == "PATCH" and scope["path"].startswith(PIECES):
+        return _Upload(receive, PIECE_BYTES, declared_bytes(scope), BODY_SECONDS)
+    return None
 
 
 def declared_bytes(scope: Scope) -> int:

@@ -1,5 +1,7 @@
 """Models: the list, one and its versions, publishing and rolling back, its files, consent and erasure."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
@@ -7,7 +9,8 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import FormData
 
 from api.config import UserId
-from api.domain import registry, uploads
+from api.domain import registry, resumable, uploads
+from api.domain.accounts import Caller
 from api.domain.models import base_named
 from api.domain.uploads import MOST_BYTES, Place, UploadOrder
 from api.domain.zips import zipped
@@ -18,7 +21,8 @@ from api.routes.errors import error_responses
 from api.routes.limits import declared_bytes
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id
-from api.wire.models import Model, ModelChange, ModelList, UploadRequest, VersionList
+from api.wire.models import Model, ModelChange, ModelList, SendRequest, VersionList
+from api.wiring import Service
 
 router = APIRouter(prefix="/models", tags=["Models"])
 
@@ -54,15 +58,15 @@ async def list_models(
     "",
     status_code=201,
     summary="Send a model",
-    responses=error_responses(400, 401, 403, 404, 408, 413, 422, 429, 503, 507),
+    responses=error_responses(400, 401, 403, 404, 408, 409, 413, 422, 429, 503, 507),
     dependencies=[*MANAGE, Depends(forms.one_body)],
-    openapi_extra=forms.document(UploadRequest, **SENT),
+    openapi_extra=forms.document(SendRequest, **SENT),
 )
 async def add_model(http: Request, service: ServiceDep, caller: CallerDep, response: Response) -> Model:
     """Takes a model that was trained elsewhere: checked first, it draws from then on, as the newest version."""
     await uploads.require_room(service.folder, min(MOST_BYTES, declared_bytes(http.scope)))  # over that it is 413
     async with forms.opened(http, 8) as form:
-        request = forms.read(form, UploadRequest, FILE, ARCHIVE)
+        request = forms.read(form, SendRequest, FILE, ARCHIVE)
         user_id = caller.acts_for(request.user_id)
         order = UploadOrder(
             user_id,
@@ -72,21 +76,29 @@ async def add_model(http: Request, service: ServiceDep, caller: CallerDep, respo
             caller.name,
             request.consent_days,
         )
-        place = _place(form)
-        model_id = await uploads.receive(
-            service.settings, service.database, service.folder, service.models, order, place
-        )
+        async with _sent(form, request, service, caller) as place:
+            model_id = await uploads.receive(
+                service.settings, service.database, service.folder, service.models, order, place
+            )
     response.headers["Location"] = f"/models/{model_id}"
     return await registry.find(service.registry, caller, model_id)
 
 
-def _place(form: FormData) -> Place:
+@asynccontextmanager
+async def _sent(form: FormData, request: SendRequest, service: Service, caller: Caller) -> AsyncIterator[Place]:
+    """Yields what writes the files of the model, wherever they are now."""
     files, archives = forms.uploads(form, FILE), forms.uploads(form, ARCHIVE)
-    if len(files) + len(archives) != 1:
-        raise InvalidRequest("send one file or one archive", "A LoRA or checkpoint as `file`, a folder as `archive`.")
-    if archives:
-        return uploads.unpacked(archives[0].file)
-    return uploads.placed(files[0].filename or "", files[0].file)
+    if len([*files, *archives]) + (request.upload is not None) != 1:
+        hint = "A LoRA or checkpoint as `file`, a folder as `archive`; or an `upload`."
+        raise InvalidRequest("send one file or one archive", hint)
+    if request.upload is not None:
+        owner = caller.acts_for(None)
+        async with resumable.taken(service.folder.uploads, owner, request.upload, request.filename) as (name, file):
+            yield uploads.matching(uploads.named(name, file), file, request.sha256)
+    else:
+        sent = (files or archives)[0]
+        place = uploads.unpacked(sent.file) if archives else uploads.placed(sent.filename or "", sent.file)
+        yield uploads.matching(place, sent.file, request.sha256)
 
 
 @router.get("/{model_id}", summary="Look at a model", responses=error_responses(401, 403, 404), dependencies=READ)

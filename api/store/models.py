@@ -12,6 +12,7 @@ from typing import Any
 
 from api.errors import NotFound
 from api.store.disk import FREE_DATA, Disk, told
+from api.store.uploads import UploadFolder
 from api.whole import sync_file, sync_folder, write_whole
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -26,14 +27,15 @@ WORK = "work"
 
 
 class ModelFolder(Disk):
-    """Keeps versions, each in a folder of its own that is whole or not there, and trainings under way.
+    """Keeps versions, each in a folder of its own that is whole or not there, and trainings and uploads under way.
 
     Args:
-        data_dir: where `models/` and `trainings/` are, or are made when something is kept in them.
+        data_dir: where `models/`, `trainings/` and `uploads/` are, or are made when something is kept in them.
     """
 
     def __init__(self, data_dir: Path) -> None:
         super().__init__(data_dir, FREE_DATA)
+        self.uploads = UploadFolder(data_dir)
         self._versions = data_dir.absolute() / "models"
         self._trainings = data_dir.absolute() / "trainings"
 

@@ -1,11 +1,12 @@
 """Users' own models and their trainings on the wire."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from api.config import DEFAULT_USER, USER_ID, UserId
+from api.wire.accounts import Id
 from api.wire.text import Text
 
 PROTECTED: Any = ()  # pydantic would keep names that begin with model_ for itself
@@ -136,6 +137,38 @@ class UploadRequest(BaseModel):
     base: Text | None = Field(
         default=None, max_length=500, description="The configured base that it is over; that of `default`."
     )
+
+
+class SendRequest(UploadRequest):
+    """A model that is sent: as a file, or as an upload that came in pieces."""
+
+    upload: Id | None = Field(default=None, description="Instead of a file, what came in pieces: see POST /uploads.")
+    filename: Text | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="What the upload is called, if its metadata do not say so.",
+        examples=["eve.safetensors"],
+    )
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        default=None, description="Of the file; one that came as another is refused."
+    )
+
+    @model_validator(mode="after")
+    def _that_belongs_together(self) -> Self:
+        if self.filename is not None and self.upload is None:
+            raise ValueError("filename is for an upload")
+        return self
+
+
+class UploadState(BaseModel):
+    """How far an upload is that comes in pieces."""
+
+    id: str = Field(description="Names it.", examples=["019a9f3c2d10b1946ac93f21d07e"])
+    offset: int = Field(description="Bytes that are there.", examples=[0])
+    length: int = Field(description="Bytes that it will have.", examples=[801_000])
+    metadata: str = Field(description="What you said of it.", examples=["filename ZXZlLnNhZmV0ZW5zb3Jz"])
+    expires_at: datetime = Field(description="When it is given up, if nothing more comes.")
 
 
 class TrainingRequest(UploadRequest):

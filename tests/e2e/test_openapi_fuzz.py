@@ -29,6 +29,7 @@ CHEAP = {"width": 256, "height": 256, "num_inference_steps": 1, "num_images": 1}
 FREE: dict[str, Any] = {"LIMIT_QUEUED": "0", "LIMIT_REQUESTS_PER_MINUTE": "0", "LIMIT_IMAGES_PER_DAY": "0"}
 HOOK = "https://receiver.invalid/hook"
 PASSWORD = "correct horse battery"
+schemathesis.serializer.alias("application/offset+octet-stream", "application/octet-stream")
 
 
 def given_examples(examples: int) -> settings:

@@ -98,6 +98,20 @@ def test_a_body_without_an_end_is_told_so(impatient: Server) -> None:
     assert b'"hint":"' in said
 
 
+def test_an_upload_that_falls_silent_is_free_to_go_on(impatient: Server) -> None:
+    where = impatient.client.post("/uploads", headers={"Upload-Length": "10"}).headers["Location"]
+    kind = {"Content-Type": "application/offset+octet-stream"}
+    head = f"PATCH {where} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind['Content-Type']}\r\n"
+    with Client(impatient) as client:
+        client.send(f"{head}Upload-Offset: 0\r\nContent-Length: 10\r\n\r\nabc".encode())
+        said = client.read()
+    assert said.startswith(b"HTTP/1.1 408")
+    assert b"go on from there" in said
+    rest = impatient.client.patch(where, content=b"defghij", headers={"Upload-Offset": "3", **kind})
+    assert (rest.status_code, rest.headers["Upload-Offset"]) == (204, "10")
+    impatient.client.delete(where)
+
+
 def test_a_refused_body_without_an_end_is_hung_up_on(impatient: Server) -> None:
     with Client(impatient) as client:
         client.send(POST + b"Origin: http://elsewhere\r\nContent-Length: 100000\r\n\r\n{")

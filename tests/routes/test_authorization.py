@@ -87,6 +87,10 @@ DOORS = {
     "POST /trainings": Door(202, "manage", other=403, form={"user_id": "ada", "name": "ada", "consent": "true"}),
     "GET /trainings/consent": mine(200, "read"),
     "POST /models": Door(422, "manage", other=403, form={"user_id": "ada", "name": "ada", "consent": "true"}),
+    "POST /uploads": mine(422, "manage"),  # without its length
+    "HEAD /uploads/{upload_id}": replace(adas(200, "manage"), admin=404),
+    "PATCH /uploads/{upload_id}": mine(422, "manage"),  # without its offset
+    "DELETE /uploads/{upload_id}": replace(adas(204, "manage"), admin=404),
     "GET /models": mine(200, "read"),
     "GET /models?user_id=ada": Door(200, "read", other=403),
     "GET /models/{model_id}": adas(200, "read"),
@@ -185,7 +189,7 @@ class House:
             self.keys[f"{who}'s key without {scope}"] = await people.add_key(self.database, user_id, rest)
 
     async def adas_things(self) -> dict[str, str]:
-        """A job that has ended, a picture, a key and a model of her own."""
+        """A job that has ended, a picture, a key, a model and an upload of her own."""
         job = rows.request("ada", status="cancelled", finished_at=now())
         image = rows.image(job)
         self._output.mkdir(exist_ok=True)
@@ -198,6 +202,8 @@ class House:
             await session.flush()
         model, version = await add_model(self.database, self.folder, "ada", new_id())
         things = {"job_id": job.id, "image_id": image.id, "key_id": key.id, "user_id": "ada"}
+        with self.folder.uploads.alone():
+            things["upload_id"] = self.folder.uploads.begin("ada", 1, "").id
         return things | {"model_id": model.id, "number": str(version.number), "name": WEIGHTS}
 
     async def answer(self, name: str, who: str, things: dict[str, str]) -> httpx2.Response:
@@ -260,7 +266,9 @@ async def test_every_door_opens_to_whom_it_should_alone(house: House) -> None:
 
 @pytest.mark.anyio
 async def test_what_is_anothers_looks_like_what_is_not_there(house: House) -> None:
-    nothing = dict.fromkeys(("job_id", "image_id", "key_id", "model_id"), NOT_THERE) | {"user_id": "nobody"}
+    nothing = dict.fromkeys(("job_id", "image_id", "key_id", "model_id", "upload_id"), NOT_THERE) | {
+        "user_id": "nobody"
+    }
     nothing |= {"number": "1", "name": WEIGHTS}
     for name, door in DOORS.items():
         if door.other == 404:
