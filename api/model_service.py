@@ -242,6 +242,12 @@ class ModelService:
         """Returns what tells the base of `source` from every other. Raises ModelUnavailable."""
         return self.engine.hash_of(self._shelf.find(source.without_lora()))
 
+    def fetch(self, hub: str, revision: str, filename: str | None, into: Path, most: int) -> None:
+        """Puts a model of the hub into an empty folder; blocks meanwhile. Raises as `hub.fetch`, and ShuttingDown."""
+        from api.engine.hub import fetch  # torch comes with it
+
+        fetch(hub, revision, filename, into, most, self._settings, self._raise_if_stopping)
+
     def warm_up(self, own: OwnModel) -> None:
         """Loads a user's own model, so that their first picture does not wait for it. Raises as `generate` does."""
         with self._shelf.lease(own, owner=own.owner):

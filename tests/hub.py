@@ -26,6 +26,7 @@ class Hub:
 
     url: str
     files: dict[str, bytes] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # that it says, where those are not true
     answer: tuple[int, dict[str, str]] | None = None
     asked: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
@@ -60,7 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             return self._send(200, json.dumps(tree).encode())
         if path.startswith("/api/models/"):
-            siblings = [{"rfilename": name} for name in self.hub.files]
+            sizes = {name: len(content) for name, content in self.hub.files.items()} | self.hub.sizes
+            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
             return self._send(200, json.dumps({"id": "somebody/model", "sha": COMMIT, "siblings": siblings}).encode())
         name = re.sub(r"^/[^/]+/[^/]+/resolve/[^/]*/", "", path)
         number = list(self.hub.files).index(name)

@@ -1,6 +1,7 @@
 """Models that users send: put on the disk, checked in a process of their own, and only then a version."""
 
 import errno
+import hashlib
 import re
 import shutil
 import tempfile
@@ -48,6 +49,7 @@ class UploadOrder:
     source: ModelSource  # of the base that it is over, or like
     granted_by: str
     consent_days: int | None = None
+    origin: str | None = None  # on the hub, with its commit
 
 
 async def require_room(folder: ModelFolder, more: int) -> None:
@@ -241,7 +243,8 @@ async def _add(
             sha256=digest,
             files=files,
             bytes=checked.bytes,
-            parameters={"rank": checked.rank, "layers": checked.layers},
+            parameters={"rank": checked.rank, "layers": checked.layers}
+            | ({"hub": order.origin} if order.origin else {}),
             scores={},
         )
         session.add(version)

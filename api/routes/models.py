@@ -75,6 +75,7 @@ async def add_model(http: Request, service: ServiceDep, caller: CallerDep, respo
             base_named(service.settings, request.base, user_id),
             caller.name,
             request.consent_days,
+            request.hub and f"{request.hub}@{request.revision}",
         )
         async with _sent(form, request, service, caller) as place:
             model_id = await uploads.receive(
@@ -88,10 +89,14 @@ async def add_model(http: Request, service: ServiceDep, caller: CallerDep, respo
 async def _sent(form: FormData, request: SendRequest, service: Service, caller: Caller) -> AsyncIterator[Place]:
     """Yields what writes the files of the model, wherever they are now."""
     files, archives = forms.uploads(form, FILE), forms.uploads(form, ARCHIVE)
-    if len([*files, *archives]) + (request.upload is not None) != 1:
-        hint = "A LoRA or checkpoint as `file`, a folder as `archive`; or an `upload`."
+    if len([*files, *archives]) + (request.upload is not None) + (request.hub is not None) != 1:
+        hint = "A LoRA or checkpoint as `file`, a folder as `archive`; or an `upload`, or a name on the `hub`."
         raise InvalidRequest("send one file or one archive", hint)
-    if request.upload is not None:
+    if request.hub is not None and request.revision is not None:
+        caller.may("admin")
+        named = request.hub, request.revision, request.filename
+        yield lambda part: service.models.fetch(*named, part, MOST_BYTES)
+    elif request.upload is not None:
         owner = caller.acts_for(None)
         async with resumable.taken(service.folder.uploads, owner, request.upload, request.filename) as (name, file):
             yield uploads.matching(uploads.named(name, file), file, request.sha256)

@@ -12,6 +12,7 @@ from api.wire.text import Text
 PROTECTED: Any = ()  # pydantic would keep names that begin with model_ for itself
 NOUN = r"[a-z][a-z ]{0,62}[a-z]"
 Kind = Literal["lora", "full"]
+HUB = "[A-Za-z0-9][A-Za-z0-9_.-]*"
 MOST_STEPS = 4000
 MOST_RANK = 128
 
@@ -140,14 +141,24 @@ class UploadRequest(BaseModel):
 
 
 class SendRequest(UploadRequest):
-    """A model that is sent: as a file, or as an upload that came in pieces."""
+    """A model that is sent: as a file, as an upload that came in pieces, or by its name on the hub."""
 
     upload: Id | None = Field(default=None, description="Instead of a file, what came in pieces: see POST /uploads.")
+    hub: Annotated[str, Field(pattern=f"^{HUB}/{HUB}$", max_length=200)] | None = Field(
+        default=None,
+        description="Instead of a file, a model of the Hugging Face hub; for administrators.",
+        examples=["owner/name"],
+    )
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = Field(
+        default=None,
+        description="The commit of that model, whole.",
+        examples=["0123456789abcdef0123456789abcdef01234567"],
+    )
     filename: Text | None = Field(
         default=None,
         min_length=1,
         max_length=200,
-        description="What the upload is called, if its metadata do not say so.",
+        description="What the upload is called, if its metadata do not say so; or which of the files on the hub.",
         examples=["eve.safetensors"],
     )
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
@@ -156,8 +167,12 @@ class SendRequest(UploadRequest):
 
     @model_validator(mode="after")
     def _that_belongs_together(self) -> Self:
-        if self.filename is not None and self.upload is None:
-            raise ValueError("filename is for an upload")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("a model of the hub is named by `hub` and `revision`, its commit")
+        if self.hub is not None and self.sha256 is not None:
+            raise ValueError("sha256 is of a file that you send; on the hub the commit says it all")
+        if self.filename is not None and self.hub is None and self.upload is None:
+            raise ValueError("filename is for an upload, or for a model of the hub")
         return self
 
 

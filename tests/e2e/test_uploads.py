@@ -1,4 +1,4 @@
-"""Models that come in pieces to a real server that is killed, cut off and short of room."""
+"""Models that come in pieces, or from a hub, to a real server that is killed, cut off and short of room."""
 
 import signal
 import socket
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 
 from api.config import ROOT
 from api.store.models import sha256
 from tests.e2e.server import PATIENCE_SECONDS, SITTER, Server
+from tests.hub import COMMIT, Hub
 
 LORA = ROOT / "models/sitters/ada/pytorch_lora_weights.safetensors"
 WEIGHTS = LORA.read_bytes()
@@ -98,4 +100,32 @@ def test_a_full_disk_leaves_the_offset_true(tmp_path: Path) -> None:
         assert part.read_bytes() == piece[:there]
         assert 1000 < there <= most
         assert server.client.delete(where).status_code == 204
+        assert server.stop() == 0
+
+
+@pytest.fixture
+def hub_server(hub: Hub, tmp_path: Path) -> Server:
+    return Server(tmp_path, HF_ENDPOINT=hub.url, NO_PROXY="127.0.0.1", HUB_TIMEOUT_SECONDS="60", WORKERS="0")
+
+
+def test_a_model_of_the_hub_is_checked_and_kept_as_one_that_was_sent(hub_server: Server, hub: Hub) -> None:
+    hub.files = {"README.md": b"# Ada", "run.py": b"1/0", LORA.name: WEIGHTS}
+    form = {**FORM, "hub": "somebody/model", "revision": COMMIT}
+    with hub_server as server:
+        server.get("/models")
+        assert hub.asked == [], "nobody asked for anything of the hub"
+        made = server.client.post("/models", data=form)
+        assert made.status_code == 201, made.text
+        (version,) = server.get(f"{made.headers['Location']}/versions")["versions"]
+        assert (version["sha256"], version["files"].keys()) == (sha256(WEIGHTS), {LORA.name})
+        assert version["parameters"]["hub"] == f"somebody/model@{COMMIT}"
+        assert not any("README" in asked or ".py" in asked for asked in hub.asked)
+        hub.files[LORA.name] = b"\x80\x05]q\x00."
+        refused = server.client.post("/models", data=form)
+        assert (refused.status_code, refused.json()["error"]) == (422, "invalid_request")
+        for status, code, told in ((403, "GatedRepo", 403), (404, "RepoNotFound", 404), (500, "Down", 503)):
+            hub.answer = status, {"X-Error-Code": code}
+            assert server.client.post("/models", data=form).status_code == told
+        assert len(server.get(f"{made.headers['Location']}/versions")["versions"]) == 1
+        assert len(list((server.output.parent / "data/models").iterdir())) == 1
         assert server.stop() == 0

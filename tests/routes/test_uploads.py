@@ -26,6 +26,8 @@ TUS = {"Tus-Resumable": "1.0.0"}
 PIECE = "application/offset+octet-stream"
 FORM = {"name": "eve", "consent": "true"}
 SHA = "0" * 64
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB = {"hub": "somebody/model", "revision": COMMIT}
 
 
 @pytest.fixture
@@ -266,8 +268,15 @@ async def test_what_is_not_whole_or_has_no_name_is_no_model_yet(ada: httpx2.Asyn
         "no ZIP": ({**form, "filename": "eve.zip"}, 422, "ZIP"),
         "an odd hash": ({**form, "filename": "eve.safetensors", "sha256": "x"}, 422, "sha256"),
         "an odd id": ({**form, "upload": "x"}, 422, "upload"),
+        "both": ({**form, **HUB}, 422, "one file"),
         "none": (FORM, 422, "one file"),
         "a name of nothing": ({**FORM, "filename": "eve.safetensors"}, 422, "filename"),
+        "a branch": ({**FORM, **HUB, "revision": "main"}, 422, "revision"),
+        "no commit": ({**FORM, "hub": "somebody/model"}, 422, "commit"),
+        "a commit alone": ({**FORM, "revision": COMMIT}, 422, "commit"),
+        "a path": ({**FORM, **HUB, "hub": "../etc"}, 422, "hub"),
+        "the hub, and a hash": ({**FORM, **HUB, "sha256": SHA}, 422, "sha256"),
+        "the hub, and no administrator": ({**FORM, **HUB}, 403, "administrators"),
     }
     for name, (data, status, reason) in wrong.items():
         assert wrong_answer(await ada.post("/models", data=data), status, reason) is None, name
