@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from re import fullmatch
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -19,7 +20,7 @@ from api.config import USER_ID, Settings, load_settings
 from api.domain import history, leftovers, registry, trainings
 from api.domain.history import ENDED, Seen
 from api.domain.models import base_named
-from api.domain.photos import LEAST, MOST, MOST_BYTES, MOST_FILES, Chosen, choose
+from api.domain.photos import LEAST, MOST, MOST_BYTES, MOST_FILES, Chosen, choose, require_enough
 from api.domain.policy import STATEMENT, STATEMENTS
 from api.domain.trainings import TrainingOrder
 from api.errors import Cancelled, Forbidden, InvalidRequest, NotFound, from_code
@@ -112,9 +113,10 @@ def train_sitter(
         if output is not None:
             require_place(output, ending(kind == "full"), "a model's file")
         settings = load_settings(log_level="error")
-        base_source = base_named(settings, asked.base)
-        order = TrainingOrder.of(asked, asked.user_id or name, _chosen(pictures), base_source, caller().name)
-        done = asyncio.run(_train(settings, order, _Wishes(force, sheet, output)))
+        with TemporaryDirectory(prefix="sitter-") as place:
+            chosen, base_source = _chosen(pictures, Path(place)), base_named(settings, asked.base)
+            order = TrainingOrder.of(asked, asked.user_id or name, chosen, base_source, caller().name)
+            done = asyncio.run(_train(settings, order, _Wishes(force, sheet, output)))
     if not done:
         to_people.print(
             "Stopped. What is learned so far is kept: it goes on when you say the same again, or in a server or "
@@ -123,24 +125,22 @@ def train_sitter(
         raise typer.Exit(CTRL_C)
 
 
-def _chosen(folder: Path) -> Chosen:
-    """Returns the good photos of a folder, and says of each other file why it is none."""
+def _chosen(folder: Path, place: Path) -> Chosen:
+    """Returns the good photos of a folder, kept in `place`, and says of each other file why it is none."""
     if not folder.is_dir():
         raise InvalidRequest(f"there is no folder {folder}", "Say where the pictures are.")
     try:
         files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
         if len(files) > MOST_FILES:
             raise InvalidRequest(f"{folder} holds {len(files)} files", f"{MOST} pictures are enough.")
-        chosen = choose((file.name, _read(file)) for file in files)
+        chosen = choose(((file.name, _read(file)) for file in files), place)
     except OSError as error:
         told = f"{error.filename} cannot be read: {error.strerror}"
         raise InvalidRequest(told, "Let it be read, or take it away.") from error
     for name, reason in chosen.verdicts:
         if reason is not None:
             to_people.print(f"  {escape(name)}: {reason}")
-    if len(chosen.photos) < LEAST:
-        told = f"{len(chosen.photos)} pictures are good, {LEAST} are the least"
-        raise InvalidRequest(told, "Add clear, different pictures of one person: JPEG, PNG or WebP.")
+    require_enough(len(chosen.photos))
     return chosen
 
 

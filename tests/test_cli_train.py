@@ -302,7 +302,7 @@ def test_too_few_pictures_are_told(folder: Path) -> None:
         (folder / f"{number}.png").unlink()
     said = untouched(folder)
     assert "notes.txt: it is no whole" in said
-    assert "1 pictures are good, 3 are the least" in said
+    assert "1 picture is good, 3 are the least" in said
 
 
 def test_a_folder_of_something_else_is_not_read(folder: Path) -> None:

@@ -1,21 +1,24 @@
 """Photos of a sitter: each is examined before anything is trained on it, and kept as a plain PNG without its metadata.
 
 A photo comes from anybody: only three formats are opened, the pixels are counted before they are decoded, and one is
-decoded at a time.
+decoded at a time and in memory at a time.
 """
 
 import hashlib
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import IO
 
 from PIL import Image, ImageFilter, ImageOps, ImageStat
 
 from api.domain.archives import open_archive
 from api.errors import InvalidRequest
+from api.store.models import told
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 LEAST, MOST = 3, 20  # photos of a training
@@ -63,26 +66,47 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A photo that is good to train on, as a PNG in a file of its own, and the SHA-256 of its pixels."""
+
+    file: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Chosen:
     """The photos that are good to train on, and what was found of every file, by its name: why not, or None."""
 
-    photos: Sequence[Photo]
+    photos: Sequence[Kept]
     verdicts: Sequence[tuple[str, str | None]]
 
     def require_enough(self) -> None:
         """Raises InvalidRequest when fewer than LEAST photos are good, with the reasons."""
-        if len(self.photos) < LEAST:
-            reasons = [f"{name}: {reason}" for name, reason in self.verdicts if reason is not None]
-            told = "; ".join(reasons[:TOLD]) + ("; …" if len(reasons) > TOLD else "")
-            raise InvalidRequest(
-                f"{len(self.photos)} pictures are good, {LEAST} are the least{f' ({told})' if told else ''}",
-                "Add clear, different pictures of one person: JPEG, PNG or WebP.",
-            )
+        require_enough(len(self.photos), self.verdicts)
 
 
-def choose(files: Iterable[tuple[str, bytes]]) -> Chosen:
-    """Returns the good photos of files with names, MOST of them; one file at a time is in memory."""
-    names, good, verdicts = list[str](), list[Photo](), list[tuple[str, str | None]]()
+def require_enough(good: int, verdicts: Iterable[tuple[str, str | None]] = ()) -> None:
+    """Raises InvalidRequest when fewer than LEAST photos are good, with the reasons, by name, that are not None."""
+    if good >= LEAST:
+        return
+    counted = {0: "no picture is", 1: "1 picture is"}.get(good, f"{good} pictures are")
+    reasons = [f"{name}: {reason}" for name, reason in verdicts if reason is not None]
+    why = "; ".join(reasons[:TOLD]) + ("; …" if len(reasons) > TOLD else "")
+    raise InvalidRequest(
+        f"{counted} good, {LEAST} are the least{f' ({why})' if why else ''}",
+        "Add clear, different pictures of one person: JPEG, PNG or WebP.",
+    )
+
+
+def choose(files: Iterable[tuple[str, bytes]], folder: Path) -> Chosen:
+    """Returns the good photos of files with names, MOST of them, as files in `folder`; one at a time is in memory.
+
+    Each is named by its place in `verdicts`, as in `07.png`.
+
+    Raises:
+        StorageFull, StorageUnavailable: one cannot be written.
+    """
+    names, good, verdicts = list[str](), list[Kept](), list[tuple[str, str | None]]()
 
     def contents() -> Iterator[bytes]:
         for name, content in files:
@@ -92,7 +116,10 @@ def choose(files: Iterable[tuple[str, bytes]]) -> Chosen:
     for verdict in examine(contents()):
         enough = verdict.photo is not None and len(good) == MOST
         if verdict.photo is not None and not enough:
-            good.append(verdict.photo)
+            file = folder / f"{len(verdicts):02}.png"
+            with told(folder):
+                file.write_bytes(verdict.photo.png)
+            good.append(Kept(file, verdict.photo.sha256))
         verdicts.append((names[-1], f"{MOST} pictures are enough" if enough else verdict.reason))
     return Chosen(good, verdicts)
 
@@ -114,7 +141,7 @@ def in_archive(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
         if len(entries) > MOST_FILES:
             raise InvalidRequest(f"the archive holds {len(entries)} files", f"{MOST} pictures are enough.")
         for entry in entries:
-            if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
+            if entry.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", entry.filename):
                 raise InvalidRequest("the archive holds a file that lies outside of it", "Pack the pictures anew.")
             with archive.open(entry) as opened:
                 content = opened.read(MOST_BYTES + 1)

@@ -115,8 +115,9 @@ async def submit(
     if order.kind == "full" and not settings.full_training:
         raise Forbidden("whole models are not trained here", "Train a LoRA, or have the operator set FULL_TRAINING.")
     job_id = new_id()
+    photos = ((photo.file.name, photo.file.read_bytes()) for photo in order.chosen.photos)  # read one by one
     try:
-        await anyio.to_thread.run_sync(folder.keep_photos, job_id, (photo.png for photo in order.chosen.photos))
+        await anyio.to_thread.run_sync(folder.keep_photos, job_id, photos)
         async with database.transaction() as session:
             job = await _accept(session, settings, vault, order, job_id)
     except DatabaseUnavailable:

@@ -55,11 +55,12 @@ async def make_training(
         if request.webhook_url is not None:
             check_webhook_url(request.webhook_url, service.settings)
         await service.pictures.require_room()
-        chosen = await anyio.to_thread.run_sync(photos.choose, _files(form), limiter=_one_at_a_time)
-    chosen.require_enough()
-    base = base_named(service.settings, request.base, user_id)
-    order = TrainingOrder.of(request, user_id, chosen, base, caller.name, idempotency_key)
-    job = await trainings.submit(service.settings, service.database, service.vault, service.folder, order)
+        base = base_named(service.settings, request.base, user_id)
+        with service.folder.collecting() as place:
+            chosen = await anyio.to_thread.run_sync(photos.choose, _files(form), place, limiter=_one_at_a_time)
+            chosen.require_enough()
+            order = TrainingOrder.of(request, user_id, chosen, base, caller.name, idempotency_key)
+            job = await trainings.submit(service.settings, service.database, service.vault, service.folder, order)
     service.wake.wake(Wake.QUEUE)
     response.headers["Location"] = f"/jobs/{job.id}"
     return describe(await history.look(service.database, job), service, caller)

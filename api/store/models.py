@@ -12,6 +12,7 @@ from typing import Any
 
 from api.errors import NotFound
 from api.store.disk import FREE_DATA, Disk, told
+from api.store.tables import new_id
 from api.store.uploads import UploadFolder
 from api.whole import sync_file, sync_folder, write_whole
 
@@ -79,18 +80,45 @@ class ModelFolder(Disk):
         """Removes a version's files; returns whether they were there. Raises StorageUnavailable when they stay."""
         return _remove(self._versions / version_id)
 
-    def keep_photos(self, job_id: str, photos: Iterable[bytes]) -> None:
-        """Keeps the photos (PNG) of a training, all of them or none; one is in memory. Raises as `keep` does."""
-        files = ((f"{number:02}.png", photo) for number, photo in enumerate(photos))
-        _keep_whole(self._trainings / job_id / PHOTOS, files)
+    @contextmanager
+    def collecting(self) -> Iterator[Path]:
+        """Gives an empty folder for photos inside the block, and removes it on every way out.
+
+        What a crash leaves of it is swept as what belongs to no training. Raises StorageFull, StorageUnavailable.
+        """
+        part = self._trainings / f"{new_id()}{PART}"
+        with told(part):
+            part.mkdir(parents=True, mode=0o700)
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # what stays is swept, too
+
+    def keep_photos(self, job_id: str, photos: Iterable[tuple[str, bytes]]) -> None:
+        """Keeps the photos (PNG) of a training by their names, all of them or none; one is in memory.
+
+        Raises as `keep` does.
+        """
+        _keep_whole(self._trainings / job_id / PHOTOS, photos)
 
     def photos_of(self, job_id: str) -> list[bytes]:
         """Returns the photos of a training. Raises NotFound when they are gone."""
+        return [photo for _, photo in self.named_photos_of(job_id)]
+
+    def named_photos_of(self, job_id: str) -> Iterator[tuple[str, bytes]]:
+        """Yields the name and the content of each photo of a training. Raises NotFound when they are gone."""
         try:
-            found = [file.read_bytes() for file in sorted((self._trainings / job_id / PHOTOS).iterdir())]
+            for file in sorted((self._trainings / job_id / PHOTOS).iterdir()):
+                yield file.name, file.read_bytes()
         except OSError as error:
             raise NotFound("the photos of this training are not there any more") from error
-        return found
+
+    def drop_photos(self, job_id: str, names: Iterable[str]) -> None:
+        """Removes photos of a training, those that are there of these names. Raises StorageUnavailable."""
+        folder = self._trainings / job_id / PHOTOS
+        with told(folder):
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
 
     def work_of(self, job_id: str) -> Path:
         """Returns the folder where a training keeps its states; makes it. Raises StorageFull, StorageUnavailable."""

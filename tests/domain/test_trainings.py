@@ -70,10 +70,18 @@ def settings() -> Settings:
 
 @pytest.fixture
 def submit(
-    settings: Settings, database: Database, vault: Vault, folder: ModelFolder, wake: Wake, base_folder: Path
+    settings: Settings,
+    database: Database,
+    vault: Vault,
+    folder: ModelFolder,
+    wake: Wake,
+    base_folder: Path,
+    tmp_path: Path,
 ) -> Submit:
     """Asks for a training of Eve."""
-    chosen = choose((f"{seed}.png", stored(picture(seed))) for seed in range(3))
+    place = tmp_path / "photos"
+    place.mkdir()
+    chosen = choose(((f"{seed}.png", stored(picture(seed))) for seed in range(3)), place)
     asked = TrainingOrder("eve", "eve", "person", chosen, builders.source(base_folder), "owner", steps=STEPS, rank=2)
 
     async def ask(*, allowed: bool = False, **fields: Any) -> Request:

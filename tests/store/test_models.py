@@ -127,7 +127,7 @@ def test_whatever_write_fails_nothing_half_is_kept(
         if room == "models":
             folder.keep(VERSION, FILES)
         else:
-            folder.keep_photos(VERSION, list(FILES.values()))
+            folder.keep_photos(VERSION, FILES.items())
 
     (tmp_path / "whole").mkdir()
     with failing(0, errno) as calls:
@@ -268,7 +268,7 @@ def test_ages_are_those_of_all_that_is_there(folder: ModelFolder, tmp_path: Path
     ids = [new_id() for _ in range(3)]
     folder.keep(ids[0], FILES)
     (folder.begin(ids[1]) / "half").write_bytes(b"")
-    folder.keep_photos(ids[2], [b"photo"])
+    folder.keep_photos(ids[2], [("00.png", b"photo")])
     for name in ("notes.txt", "x" * 28, f"{ids[0]}x", f".{ids[0]}", "lost+found"):
         (tmp_path / "data/models" / name).mkdir()
     linked = new_id()
@@ -299,8 +299,9 @@ def test_a_version_is_put_together_and_then_there(folder: ModelFolder, tmp_path:
 def test_photos_are_kept_in_their_order_until_the_training_ends(folder: ModelFolder, tmp_path: Path) -> None:
     job, other = new_id(), new_id()
     photos = [bytes([number]) * 9 for number in range(20)]
+    named = [(f"{number:02}.png", photo) for number, photo in enumerate(photos)]
     for job_id in (job, other):
-        folder.keep_photos(job_id, photos)
+        folder.keep_photos(job_id, reversed(named))
         (folder.work_of(job_id) / "state.safetensors").write_bytes(b"state")
     assert folder.photos_of(job) == photos
     assert folder.end_training(job, keep_photos=True)
@@ -311,6 +312,24 @@ def test_photos_are_kept_in_their_order_until_the_training_ends(folder: ModelFol
         folder.photos_of(other)
     files = [f"{job}/photos/{number:02}.png" for number in range(20)]
     assert names(tmp_path / "data/trainings") == {job, f"{job}/photos", *files}
+
+
+def test_photos_that_are_found_wanting_go_and_the_others_stay(folder: ModelFolder) -> None:
+    job = new_id()
+    folder.keep_photos(job, [(f"{number:02}.png", b"photo") for number in range(4)])
+    for _ in range(2):  # once more after a crash
+        folder.drop_photos(job, ["01.png", "03.png", "99.png"])
+        assert [name for name, _ in folder.named_photos_of(job)] == ["00.png", "02.png"]
+
+
+def test_photos_are_collected_for_a_moment_alone(folder: ModelFolder) -> None:
+    with pytest.raises(ValueError, match="no"), folder.collecting() as place:  # noqa: PT012
+        (place / "00.png").write_bytes(b"photo")
+        assert place.stat().st_mode & 0o777 == 0o700
+        [training] = folder.trainings()  # as which it is swept, should this process die now
+        assert place.name == f"{training}{PART}"
+        raise ValueError("no")
+    assert folder.trainings() == {}
 
 
 def test_a_hash_is_that_of_the_bytes() -> None:
