@@ -131,6 +131,13 @@ def locate(path: str | Path) -> Path:
     return (ROOT / Path(path).expanduser()).absolute()
 
 
+def _model_folder(path: Path) -> Path:
+    folder = locate(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder with a model: it has no config.json")
+    return folder
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -190,6 +197,11 @@ class Settings(BaseSettings):
         default_factory=lambda: {"models/demo": "models/reader"},
         description="Folder of the attribute reader that judges what was trained over a base (JSON); a base that is "
         "not here has none, and likeness is not measured.",
+    )
+    face_detector: Annotated[Path, AfterValidator(_model_folder)] | None = Field(
+        default=None,
+        description="Folder of a detector of faces or people (transformers, safetensors) that refuses pictures of "
+        "none and of several.",
     )
     training_share: float = Field(
         default=0.15,

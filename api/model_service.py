@@ -223,6 +223,24 @@ class ModelService:
                 lambda: self.engine.train(model.base, base, lesson, folder, report, still_wanted)
             )
 
+    @property
+    def counts_faces(self) -> bool:
+        """Whether a detector of faces is configured."""
+        return self._settings.face_detector is not None
+
+    def count_faces(self, photos: Sequence[bytes], check: Callable[[], None] = lambda: None) -> list[int]:
+        """Returns how many faces each photo (PNG) shows, where `counts_faces`. Blocks.
+
+        Raises:
+            SitterError: the detector does not load, memory ran out, or the server stops.
+        """
+
+        def still_wanted() -> None:
+            self._raise_if_stopping()
+            check()
+
+        return self._shelf.retried_without_idle(lambda: self.engine.count_faces(photos, still_wanted))
+
     def lease(self, source: ModelSource) -> AbstractContextManager[LeasedModel]:
         """Holds the model of `source` in memory inside the block; see `Shelf.lease`."""
         return self._shelf.lease(source)

@@ -10,7 +10,7 @@ from rich.console import ConsoleDimensions
 from api import cli_people
 from api.config import Settings
 from api.store.database import Database, migrate
-from tests import builders, databases
+from tests import builders, databases, seers
 from tests.databases import PostgreSQL
 from tests.hub import Hub, running
 
@@ -40,6 +40,18 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base in a diffusers folder; not to be changed."""
     return builders.save_pipeline(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny detector of drawn faces, in a folder; not to be changed."""
+    return seers.save_detector(tmp_path_factory.mktemp("models") / "detector")
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP of random weights, in a folder; not to be changed."""
+    return seers.save_encoder(tmp_path_factory.mktemp("models") / "encoder")
 
 
 @pytest.fixture

@@ -53,6 +53,22 @@ def test_a_proxy_that_is_none_stops_the_start(proxies: str, monkeypatch: pytest.
     assert "TRUSTED_PROXIES" in refused()
 
 
+@pytest.mark.parametrize("name", ["FACE_DETECTOR"])
+def test_a_folder_without_a_model_stops_the_start(
+    name: str, tmp_path: Path, dotenv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert getattr(load_settings(), name.lower()) is None
+    (tmp_path / "empty").mkdir()
+    for folder in ("nowhere", "empty", str(tmp_path / "nowhere")):
+        monkeypatch.setenv(name, folder)
+        said = f"{name}: {locate(folder)} is no folder with a model: it has no config.json (from the environment)"
+        assert refused() == said
+    monkeypatch.delenv(name)
+    (tmp_path / "empty/config.json").write_text("{}")
+    dotenv.write_text(f"{name}=empty\n")
+    assert getattr(load_settings(), name.lower()) == tmp_path / "empty"
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1  # type: ignore[misc]

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import ModelSource, Settings
 from api.domain import audit, jobs, quota
+from api.domain.faces import require_faces
 from api.domain.generate import Studio
 from api.domain.jobs import QUEUED, RUNNING, Claim, Progress
 from api.domain.made import LEARNED, Made, make
@@ -212,6 +213,7 @@ async def learn(studio: Studio, claim: Claim, tell: Tell, beat: Beat, check: Che
     await beat()
     version = await _version_of(studio.database, claim.job)
     if version is None:
+        await require_faces(studio, claim.job, lambda found: told.know(pictures=found), beat, check, threads)
         made = await anyio.to_thread.run_sync(make, studio, claim.job, told.report, check, limiter=threads)
         told.phase("publishing")
         await beat()

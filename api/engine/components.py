@@ -21,6 +21,7 @@ from api.errors import ModelUnavailable
 # While they load, diffusers, transformers and accelerate change torch itself (`nn.Module.register_parameter`,
 # the initialisers, the default dtype): two loads at once leave weights on "meta", in this model or the next.
 ONE_LOAD = threading.Lock()
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # for the Auto classes of transformers, which would ask a person
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def load_stock(found: FoundBase, placement: Placement, pool: TensorPool) -> Diff
         index = read_index(found.path)
         models: dict[str, Any] = {}
         for name, kind in index.models.items():
-            models[name] = _load_model(kind, found.path / name)
+            models[name] = load_model(kind, found.path / name)
             _place(models[name], placement)
             pool.share(name, models[name])
         pipeline = index.kind.from_pretrained(
@@ -161,10 +162,16 @@ def load_stock(found: FoundBase, placement: Placement, pool: TensorPool) -> Diff
     return pipeline
 
 
-def _load_model(kind: Any, folder: Path) -> nn.Module:
+def load_model(kind: Any, folder: Path, **how: Any) -> nn.Module:
+    """Returns a model of diffusers or transformers in float32, on the host; under ONE_LOAD.
+
+    Raises:
+        ModelUnavailable: its file lacks weights.
+        Exception: whatever the library says of a file that is missing, corrupt or a pickle.
+    """
     model: nn.Module
     model, told = kind.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
     )
     if told["missing_keys"]:  # drawn at random
         raise ModelUnavailable(

@@ -30,6 +30,7 @@ from api.engine.candidates import Ground, require_folder
 from api.engine.combined import combined, name_of
 from api.engine.dreambooth import OnReport, Trained, train
 from api.engine.examples import Check
+from api.engine.faces import count_faces
 from api.engine.knee import Knee
 from api.engine.learned import components_of, step_bytes
 from api.engine.lesson import Lesson
@@ -340,6 +341,15 @@ class Engine:
         with self._told_apart():
             reader = self._batch.run_behind(partial(load_reader, locate(judge))) if judge else None
             return train(ground, lesson, folder, self._settings.data_dir / "priors", reader, report, check)
+
+    def count_faces(self, photos: Sequence[bytes], check: Check) -> list[int]:
+        """Returns how many faces each photo (PNG) shows, by FACE_DETECTOR, which is set; see `faces.count_faces`.
+
+        Raises OutOfMemory and DeviceLost besides.
+        """
+        assert self._settings.face_detector is not None
+        with self._told_apart():
+            return count_faces(self._settings.face_detector, self.device, self._batch, photos, check)
 
     def close(self) -> None:
         """Ends what is drawn after its step under way; it and whatever comes raises ShuttingDown."""
