@@ -195,8 +195,13 @@ class Settings(BaseSettings):
     )
     judges: dict[str, str] = Field(
         default_factory=lambda: {"models/demo": "models/reader"},
-        description="Folder of the attribute reader that judges what was trained over a base (JSON); a base that is "
-        "not here has none, and likeness is not measured.",
+        description="Folder of the attribute reader that judges what was trained over a base (JSON); without one, "
+        "and without JUDGE_ENCODER, likeness is not measured.",
+    )
+    judge_encoder: Annotated[Path, AfterValidator(_model_folder)] | None = Field(
+        default=None,
+        description="Folder of a CLIP model (transformers, safetensors) that judges what was trained over a base "
+        "without such a reader.",
     )
     face_detector: Annotated[Path, AfterValidator(_model_folder)] | None = Field(
         default=None,

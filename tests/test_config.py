@@ -53,7 +53,7 @@ def test_a_proxy_that_is_none_stops_the_start(proxies: str, monkeypatch: pytest.
     assert "TRUSTED_PROXIES" in refused()
 
 
-@pytest.mark.parametrize("name", ["FACE_DETECTOR"])
+@pytest.mark.parametrize("name", ["JUDGE_ENCODER", "FACE_DETECTOR"])
 def test_a_folder_without_a_model_stops_the_start(
     name: str, tmp_path: Path, dotenv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def make(studio: Studio, job: Request, report: "OnReport", check: Callable[[], N
         {name: sha256(content) for name, content in files.items()},
         sum(map(len, samples.values())) + sum(path.stat().st_size for path in weights.values()),
         {**asdict(trained.recipe), "step": trained.step, "seconds": round(time.monotonic() - began, 1)},
-        asdict(trained.scores),
+        trained.scores.by_name(),
         trained.scores.refusal(),
         trained.base_hash,
     )

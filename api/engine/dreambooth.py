@@ -21,10 +21,9 @@ from torch import Tensor
 from api.engine.base import Base
 from api.engine.candidates import Ground, discard, save_model
 from api.engine.examples import Check, kept, learned_side, of_photos, resized, side_of, square
-from api.engine.judge import Scores, judge
+from api.engine.judge import Judge, Scores, Shown, T, judge
 from api.engine.lesson import Lesson
 from api.engine.pipeline import decode
-from api.engine.reader import AttributeReader
 from api.engine.samples import by_candidate, of_class
 from api.engine.stock import StockBase
 from api.engine.threads import in_own_thread
@@ -61,6 +60,7 @@ SMOOTH = 0.95  # share of the loss before in the loss that is told
 
 log = structlog.get_logger()
 Phase = Literal["caching", "training", "validating"]
+OpenJudge = Callable[[], Judge | None]
 
 
 class Training:
@@ -213,7 +213,7 @@ def train(
     lesson: Lesson,
     folder: Path,
     priors: Path,
-    reader: AttributeReader | None,
+    open_judge: OpenJudge,
     report: OnReport,
     check: Check,
 ) -> Trained:
@@ -226,7 +226,7 @@ def train(
         lesson: what is to be learned.
         folder: where a state and the best candidate so far are kept.
         priors: see `Training`.
-        reader: judges the samples; None where the base has none.
+        open_judge: loads what measures the samples, or returns None where nothing can; dropped after each use.
         report: told of every step and phase; whatever it raises ends the training.
         check: called now and then; whatever it raises ends the training.
 
@@ -234,6 +234,7 @@ def train(
         InvalidRequest: the base cannot learn at that resolution.
         TrainingFailed: the loss is not finite.
     """
+    open_judge()  # told now, and not in minutes, if it does not load
     report(Report("caching"))
     training = Training(ground, lesson, priors, check)
     state, steps = folder / "state.safetensors", training.recipe.steps
@@ -260,7 +261,7 @@ def train(
             continue  # it was thrown away before
         report(Report("validating", training.trainer.done, steps, smooth))
         try:
-            scores, samples = _judged(ground, lesson, file, of_base, reader, check)
+            scores, samples = _judged(ground, lesson, file, of_base, open_judge, check)
         except (BadPicture, Blocked) as error:  # the others may be good
             log.warning("candidate_dropped", step=until, reason=error.detail)
             discard(file)
@@ -293,17 +294,22 @@ def _judged(
     lesson: Lesson,
     file: Path,
     of_base: Sequence[Image.Image],
-    reader: AttributeReader | None,
+    open_judge: OpenJudge,
     check: Check,
 ) -> tuple[Scores, Sequence[Image.Image]]:
     """Returns how good the candidate in `file` is, and its samples."""
     base = ground.base
-    requests = [*_requests(base, lesson.who, SAMPLES), *_requests(base, f"a {lesson.noun}", OF_CLASS)]
-    drawn = by_candidate(ground, file, requests, check)
+
+    def run(action: Callable[[], T]) -> T:
+        check()
+        return ground.batch.run_behind(action)
+
+    plain = _requests(base, f"a {lesson.noun}", SAMPLES)
+    drawn = by_candidate(ground, file, [*_requests(base, lesson.who, SAMPLES), *plain[:OF_CLASS]], check)
     photos = [square(photo, learned_side(base.pipeline, None)) for photo in lesson.photos]
     own, others = drawn[:SAMPLES], drawn[SAMPLES:]
-    scores = ground.batch.run_behind(partial(judge, reader, photos, own, of_base, others))
-    return scores, own
+    shown = Shown(photos, own, of_base, others, [request.prompt for request in plain])
+    return judge(open_judge(), shown, run), own
 
 
 def _decoded(ground: Ground, latents: Tensor) -> Image.Image:

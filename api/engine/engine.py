@@ -29,8 +29,10 @@ from api.engine.cache import Loaded
 from api.engine.candidates import Ground, require_folder
 from api.engine.combined import combined, name_of
 from api.engine.dreambooth import OnReport, Trained, train
+from api.engine.encoder import load_encoder
 from api.engine.examples import Check
 from api.engine.faces import count_faces
+from api.engine.judge import Judge
 from api.engine.knee import Knee
 from api.engine.learned import components_of, step_bytes
 from api.engine.lesson import Lesson
@@ -336,11 +338,19 @@ class Engine:
 
         Raises ModelUnavailable, OutOfMemory and DeviceLost besides.
         """
-        found, judge = self.find_base(source), self._settings.judges.get(source.base)
+        found = self.find_base(source)
         ground = Ground(base, found, deltas.fingerprint(found), self._batch, self._load)
         with self._told_apart():
-            reader = self._batch.run_behind(partial(load_reader, locate(judge))) if judge else None
-            return train(ground, lesson, folder, self._settings.data_dir / "priors", reader, report, check)
+            open_judge = partial(self._open_judge, source.base)
+            return train(ground, lesson, folder, self._settings.data_dir / "priors", open_judge, report, check)
+
+    def _open_judge(self, base: str) -> Judge | None:
+        """Loads what measures the samples of a training over `base`, if anything does."""
+        if reader := self._settings.judges.get(base):
+            return self._batch.run_behind(partial(load_reader, locate(reader)))
+        if encoder := self._settings.judge_encoder:
+            return in_own_thread(partial(load_encoder, encoder, self.device))
+        return None
 
     def count_faces(self, photos: Sequence[bytes], check: Check) -> list[int]:
         """Returns how many faces each photo (PNG) shows, by FACE_DETECTOR, which is set; see `faces.count_faces`.

@@ -1,24 +1,30 @@
 """Judging a sitter's samples before they are published: is it them, as asked, and is the class still what it was?
 
-Likeness and obedience are told by what an attribute reader sees. Where a base has none they stay unknown, and the
-variety of the samples alone is judged.
+Likeness, obedience and the class are measured by a judge: an attribute reader that was made for the base (`reader`), or
+an image encoder that knows any picture (`encoder`). Without one they stay unknown, and the variety of the samples alone
+is judged.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from api.engine.reader import AttributeReader
-
-LEAST_LIKENESS = 0.75
-LEAST_OBEDIENCE = 0.75
-LEAST_CLASS_KEPT = 0.6
 LEAST_VARIETY = 0.4
 THUMBNAIL = 64  # pixels
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Least:
+    """What samples must score to be published; each judge has a scale of its own."""
+
+    likeness: float = 0.0
+    obedience: float = 0.0
+    class_kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -26,16 +32,18 @@ class Scores:
     """What samples of a sitter show, each from 0 to 1 (variety may be more), None where nobody can tell.
 
     Attributes:
-        likeness: share of the sitter's features that the samples show.
-        obedience: share of what the prompts ask for that they show, where the base shows it.
-        class_kept: share of features that pictures of the class have still, of the same seeds.
+        likeness: how much the samples show of the sitter.
+        obedience: how much they show of what the prompts ask for, as far as the base shows it.
+        class_kept: how much pictures of the class, of the same seeds, are still what they were.
         variety: how much the samples differ from each other, over how much the base's do.
+        least: what is asked of the first three.
     """
 
     likeness: float | None
     obedience: float | None
     class_kept: float | None
     variety: float
+    least: Least = Least()
 
     @property
     def total(self) -> float:
@@ -43,50 +51,72 @@ class Scores:
         known = (self.likeness, self.obedience, self.class_kept)
         return sum(score for score in known if score is not None) + min(1.0, self.variety)
 
+    def by_name(self) -> dict[str, float | None]:
+        """Returns the scores as they are told."""
+        return {name: getattr(self, name) for name in ("likeness", "obedience", "class_kept", "variety")}
+
     def refusal(self) -> str | None:
         """Returns why this is not to be published and what to do, or None."""
         if self.variety < LEAST_VARIETY:
             return "All samples look alike: train fewer steps, or with more different pictures."
-        if self.likeness is not None and self.likeness < LEAST_LIKENESS:
+        if self.likeness is not None and self.likeness < self.least.likeness:
             return "The samples do not look like the pictures: train more steps, or with more and clearer pictures."
-        if self.obedience is not None and self.obedience < LEAST_OBEDIENCE:
+        if self.obedience is not None and self.obedience < self.least.obedience:
             return "The samples do not show what was asked for: train fewer steps."
-        if self.class_kept is not None and self.class_kept < LEAST_CLASS_KEPT:
+        if self.class_kept is not None and self.class_kept < self.least.class_kept:
             return "Everybody looks like the sitter: train fewer steps."
         return None
 
 
-def judge(
-    reader: AttributeReader | None,
-    photos: Sequence[Image.Image],
-    samples: Sequence[Image.Image],
-    of_base: Sequence[Image.Image],
-    of_class: Sequence[Image.Image],
-) -> Scores:
-    """Returns the scores of a candidate.
+@dataclass(frozen=True)
+class Shown:
+    """What a candidate is judged by.
 
-    Args:
-        reader: tells features; None where the base has none.
+    Attributes:
         photos: of the sitter.
         samples: the candidate's pictures of the sitter.
         of_base: the base's pictures of the class, for the same scenes and seeds.
         of_class: the candidate's pictures of the class, for the first of those scenes and seeds.
+        prompts: what the base's pictures were asked for by.
     """
-    variety = _spread(samples) / max(1e-6, _spread(of_base))
-    if reader is None:
+
+    photos: Sequence[Image.Image]
+    samples: Sequence[Image.Image]
+    of_base: Sequence[Image.Image]
+    of_class: Sequence[Image.Image]
+    prompts: Sequence[str]
+
+
+class Run(Protocol):
+    """Does what takes a moment of the device, in its turn."""
+
+    def __call__(self, action: Callable[[], T], /) -> T:
+        """Returns what `action` returns."""
+
+
+class Judge(Protocol):
+    """Measures how good samples are."""
+
+    @property
+    def least(self) -> Least:
+        """What samples must score, on this judge's scale."""
+
+    def measure(self, shown: Shown, run: Run) -> tuple[float | None, float | None, float | None]:
+        """Returns likeness, obedience and how far the class is kept, each from 0 to 1 or None; see `Scores`."""
+
+
+def judge(by: Judge | None, shown: Shown, run: Run) -> Scores:
+    """Returns the scores of a candidate.
+
+    Args:
+        by: measures them; None where nobody can.
+        shown: its pictures, and those they are compared with.
+        run: does whatever takes a moment.
+    """
+    variety = _spread(shown.samples) / max(1e-6, _spread(shown.of_base))
+    if by is None:
         return Scores(None, None, None, variety)
-    seen, base, after = reader.read(samples), reader.read(of_base), reader.read(of_class)
-    usual = [Counter(photo[key] for photo in reader.read(photos)).most_common(1)[0][0] for key in reader.identity]
-    sitter = dict(zip(reader.identity, usual, strict=True))
-    likeness = _share([sample[key] == sitter[key] for sample in seen for key in reader.identity])
-    pairs = list(zip(seen, base, strict=True))
-    obedience = _share([sample[key] == plain[key] for sample, plain in pairs for key in reader.scene])
-    kept = [one[key] == plain[key] for one, plain in zip(after, base, strict=False) for key in reader.identity]
-    return Scores(likeness, obedience, _share(kept), variety)
-
-
-def _share(hits: Sequence[bool]) -> float:
-    return sum(hits) / max(1, len(hits))
+    return Scores(*by.measure(shown, run), variety, by.least)
 
 
 def _spread(pictures: Sequence[Image.Image]) -> float:

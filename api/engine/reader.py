@@ -4,9 +4,12 @@ It judges what sitters' models draw, where its base is the bundled one; `trainin
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from api.engine.judge import Least, Run, Shown
 from api.errors import ModelUnavailable
 
 WEIGHTS, CONFIG = "reader.safetensors", "config.json"
@@ -50,11 +54,29 @@ class Reader(nn.Module):
 
 @dataclass(frozen=True)
 class AttributeReader:
-    """A reader with its attributes: those that stay with a person, and those that a prompt sets."""
+    """A reader with its attributes: those that stay with a person, and those that a prompt sets. A judge."""
 
     net: Reader
     identity: tuple[str, ...]
     scene: tuple[str, ...]
+
+    least: ClassVar[Least] = Least(likeness=0.75, obedience=0.75, class_kept=0.6)
+
+    def measure(self, shown: Shown, run: Run) -> tuple[float, float, float]:
+        """Returns likeness, obedience and how far the class is kept, from 0 to 1.
+
+        They are shares: of the sitter's features that the samples show, of the scenes' features that they show as the
+        base does, and of the features that the class's pictures have still.
+        """
+        groups = (shown.photos, shown.samples, shown.of_base, shown.of_class)
+        photos, samples, base, after = (run(partial(self.read, group)) for group in groups)
+        usual = [Counter(photo[key] for photo in photos).most_common(1)[0][0] for key in self.identity]
+        sitter = dict(zip(self.identity, usual, strict=True))
+        likeness = _share([sample[key] == sitter[key] for sample in samples for key in self.identity])
+        pairs = list(zip(samples, base, strict=True))
+        obedience = _share([sample[key] == plain[key] for sample, plain in pairs for key in self.scene])
+        kept = [one[key] == plain[key] for one, plain in zip(after, base, strict=False) for key in self.identity]
+        return likeness, obedience, _share(kept)
 
     @torch.inference_mode()
     def read(self, pictures: Sequence[Image.Image]) -> list[dict[str, int]]:
@@ -77,6 +99,10 @@ def load_reader(folder: Path) -> AttributeReader:
         return AttributeReader(net.eval().requires_grad_(False), tuple(config["identity"]), tuple(config["scene"]))
     except Exception as error:
         raise ModelUnavailable(f"the reader in {folder.name} cannot be loaded", "Check JUDGES.") from error
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return sum(hits) / max(1, len(hits))
 
 
 def _tensor(picture: Image.Image) -> Tensor:

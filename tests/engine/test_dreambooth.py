@@ -1,5 +1,6 @@
 """A whole training on a tiny base: killed, cancelled, failing, and beside drawings."""
 
+import gc
 import hashlib
 import io
 import threading
@@ -16,11 +17,14 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
 from api.engine import dreambooth
 from api.engine.dreambooth import SAMPLES, SCENES, Report, Trained, _worth
+from api.engine.encoder import ImageEncoder
 from api.engine.judge import Scores
 from api.engine.lesson import Lesson
+from api.engine.reader import AttributeReader
 from api.engine.trainer import Recipe, Trainer
 from api.errors import BadPicture, Cancelled, InvalidRequest, ModelUnavailable, TrainingFailed
 from api.model_service import ModelService
@@ -339,8 +343,42 @@ def test_the_state_of_another_lesson_is_not_gone_on_from(open_service: Open, bas
 
 
 def scored(likeness: float | None, obedience: float | None, variety: float = 1.0, step: int = 1) -> Trained:
-    scores = Scores(likeness, obedience, None if likeness is None else 1.0, variety)
+    scores = Scores(likeness, obedience, None if likeness is None else 1.0, variety, AttributeReader.least)
     return Trained(Path("x"), step, scores, [], Recipe(10, 4, 1e-3, 6, 2, 0), "")
+
+
+def test_a_base_without_a_reader_is_judged_by_an_encoder_which_goes_afterwards(
+    base_folder: Path, encoder: Path, tmp_path: Path
+) -> None:
+    sources = {"default": builders.source(base_folder)}
+    service = ModelService(builders.settings(sources, data_dir=tmp_path / "data", judge_encoder=encoder))
+    try:
+        assert service.engine.device == "cpu"  # it has started: what was there before is not counted any more
+        before = sum(type(one) is CLIPModel for one in gc.get_objects())
+        trained = train(service, base_folder, tmp_path / "run")
+    finally:
+        service.close()
+    scores = trained.scores
+    assert scores.least == ImageEncoder.least
+    assert all(score is None or 0 <= score <= 1 for score in (scores.likeness, scores.obedience, scores.class_kept))
+    assert scores.by_name().keys() == {"likeness", "obedience", "class_kept", "variety"}
+    assert scores.class_kept is not None
+    gc.collect()
+    assert sum(type(one) is CLIPModel for one in gc.get_objects()) == before
+
+
+def test_an_encoder_that_does_not_load_is_told_before_anything_is_learned(
+    base_folder: Path, detector: Path, tmp_path: Path
+) -> None:
+    sources = {"default": builders.source(base_folder)}
+    service = ModelService(builders.settings(sources, data_dir=tmp_path / "data", judge_encoder=detector))
+    reports = list[Report]()
+    try:
+        with pytest.raises(ModelUnavailable):
+            train(service, base_folder, tmp_path / "run", reports.append)
+    finally:
+        service.close()
+    assert reports == []
 
 
 def test_what_may_be_published_goes_before_what_may_not_and_unknown_likeness_before_none() -> None:

@@ -1,14 +1,16 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from PIL import Image
 
 from api.config import ROOT
-from api.engine.judge import Scores, judge
+from api.engine.judge import Judge, Scores, Shown, judge
 from api.engine.reader import AttributeReader, load_reader
 from api.errors import ModelUnavailable
 
+T = TypeVar("T")
 SITTERS = ROOT / "models" / "sitters"
 
 
@@ -21,9 +23,13 @@ def photos(sitter: str) -> list[Image.Image]:
     return [Image.open(file).convert("RGB") for file in sorted((SITTERS / sitter / "pictures").iterdir())]
 
 
-def scores(reader: AttributeReader | None, sitter: str, samples: Sequence[Image.Image]) -> Scores:
+def at_once(action: Callable[[], T]) -> T:
+    return action()
+
+
+def scores(reader: Judge | None, sitter: str, samples: Sequence[Image.Image]) -> Scores:
     others = photos("chi")
-    return judge(reader, photos(sitter), samples, others[: len(samples)], others[:2])
+    return judge(reader, Shown(photos(sitter), samples, others[: len(samples)], others[:2], []), at_once)
 
 
 def test_likeness_tells_a_sitter_from_another(reader: AttributeReader) -> None:
@@ -57,7 +63,7 @@ def test_samples_that_are_all_alike_are_refused(reader: AttributeReader) -> None
 
 def test_a_class_that_became_the_sitter_is_refused(reader: AttributeReader) -> None:
     own = photos("ada")
-    spoiled = judge(reader, own, own, photos("bo")[: len(own)], own[:2])
+    spoiled = judge(reader, Shown(own, own, photos("bo")[: len(own)], own[:2], []), at_once)
     assert spoiled.class_kept is not None
     assert "Everybody looks like the sitter" in (spoiled.refusal() or "")
 
