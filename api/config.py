@@ -200,8 +200,7 @@ class Settings(BaseSettings):
     )
     judge_encoder: Annotated[Path, AfterValidator(_model_folder)] | None = Field(
         default=None,
-        description="Folder of a CLIP model (transformers, safetensors) that judges what was trained over a base "
-        "without such a reader.",
+        description="Folder of a CLIP model (transformers, safetensors) that judges trainings over bases without one.",
     )
     face_detector: Annotated[Path, AfterValidator(_model_folder)] | None = Field(
         default=None,

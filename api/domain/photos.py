@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter, ImageOps, ImageStat
 
 from api.domain.archives import open_archive
 from api.errors import InvalidRequest
-from api.store.models import told
+from api.store.disk import told
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 LEAST, MOST = 3, 20  # photos of a training

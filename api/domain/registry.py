@@ -7,13 +7,14 @@ from pathlib import Path
 
 import anyio.to_thread
 import structlog
-from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy import delete, exists, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.config import DEFAULT_USER, Settings
 from api.domain import audit, jobs
 from api.domain.accounts import ALL_SCOPES, Caller
+from api.domain.described import configured, described, version_of
 from api.domain.policy import ConsentMissing, consented
 from api.domain.wake import Wake
 from api.domain.worker import BEAT
@@ -21,9 +22,9 @@ from api.errors import Conflict, InvalidRequest, ModelUnavailable, NotFound, Sit
 from api.model_service import ModelService, quiet_libraries
 from api.store import tables
 from api.store.database import Database
-from api.store.models import SAMPLE, ModelFolder, model_files
+from api.store.models import ModelFolder, model_files
 from api.store.tables import Consent, ModelVersion, Request, User, now
-from api.wire.models import ConsentRecord, Model, Version
+from api.wire.models import Model, Version
 
 log = structlog.get_logger()
 
@@ -62,17 +63,17 @@ async def page(
     if before is not None:
         wanted = wanted.where(tables.Model.id < before)
     async with registry.database.reading() as session:
-        own = await _described(session, list(await session.scalars(wanted)))
+        own = await described(session, list(await session.scalars(wanted)))
     if len(own) == limit:
         return own
     users = [user for user in registry.settings.user_models if owner is None or user in (owner, DEFAULT_USER)]
-    return own + [_configured(registry.settings, user) for user in users]
+    return own + [configured(registry.settings, user) for user in users]
 
 
 async def find(registry: Registry, caller: Caller, model_id: str) -> Model:
     """Returns the model. Raises NotFound when there is none that the caller may see."""
     async with registry.database.reading() as session:
-        return (await _described(session, [await _get(session, caller, model_id)]))[0]
+        return (await described(session, [await _get(session, caller, model_id)]))[0]
 
 
 async def versions(
@@ -88,7 +89,7 @@ async def versions(
         wanted = select(ModelVersion).where(ModelVersion.model_id == model.id).order_by(ModelVersion.number.desc())
         if before is not None:
             wanted = wanted.where(ModelVersion.number < before)
-        return [_version(model, version) for version in await session.scalars(wanted.limit(limit))]
+        return [version_of(model, version) for version in await session.scalars(wanted.limit(limit))]
 
 
 async def rename(registry: Registry, caller: Caller, model_id: str, name: str) -> Model:
@@ -103,7 +104,7 @@ async def rename(registry: Registry, caller: Caller, model_id: str, name: str) -
             model = await _get(session, caller, model_id, held=True)
             model.name = name
             await session.flush()
-            return (await _described(session, [model]))[0]
+            return (await described(session, [model]))[0]
     except IntegrityError as error:
         raise Conflict(f"there is a model {name} already", "Choose another name.") from error
 
@@ -121,7 +122,7 @@ async def publish(registry: Registry, caller: Caller, model_id: str, number: int
         await _require_consent(session, model)
         model.published_id, model.published_at = version.id, now()
         await audit.append(session, caller.name, "model.published", f"model:{model.id}", version=number)
-        return (await _described(session, [model]))[0]
+        return (await described(session, [model]))[0]
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,9 @@ async def revoke(registry: Registry, caller: Caller, model_id: str) -> Model:
     async with registry.database.transaction() as session:
         model = await _held(session, caller, model_id)
         gone = await _empty(session, caller, model, REVOKED)
-        described = (await _described(session, [model]))[0]
+        shown = (await described(session, [model]))[0]
     await forget(registry, gone)
-    return described
+    return shown
 
 
 async def expire(registry: Registry) -> int:
@@ -339,75 +340,3 @@ async def _numbered(session: AsyncSession, model: tables.Model, number: int) -> 
     if version is None:
         raise NotFound(f"this model has no version {number}")
     return version
-
-
-async def _described(session: AsyncSession, models: Sequence[tables.Model]) -> list[Model]:
-    ids = [model.id for model in models]
-    counted = select(ModelVersion.model_id, func.count()).where(ModelVersion.model_id.in_(ids))
-    counts = {row[0]: row[1] for row in await session.execute(counted.group_by(ModelVersion.model_id))}
-    published = select(tables.Model.id, ModelVersion.number).where(tables.Model.id.in_(ids))
-    joined = published.join(ModelVersion, ModelVersion.id == tables.Model.published_id)
-    numbers = {row[0]: row[1] for row in await session.execute(joined)}
-    newest = select(Consent).where(Consent.model_id.in_(ids)).order_by(Consent.id)
-    consents = {consent.model_id: consent for consent in await session.scalars(newest)}
-    allowed = set(await session.scalars(select(tables.Model.id).where(tables.Model.id.in_(ids), consented())))
-    return [
-        _model(model, counts.get(model.id, 0), numbers.get(model.id), consents.get(model.id), model.id in allowed)
-        for model in models
-    ]
-
-
-def _model(model: tables.Model, versions: int, published: int | None, consent: Consent | None, allowed: bool) -> Model:
-    status = "ready" if published else "unpublished" if versions else "untrained"
-    name = f"{model.user_id}/{model.name}"
-    return Model(
-        id=model.id,
-        user_id=model.user_id,
-        name=model.name,
-        token=model.token,
-        class_noun=model.class_noun,
-        model_id=f"{name}@{published}" if published else name,
-        status=status if allowed else "revoked",
-        version=published,
-        versions=versions,
-        consent=consent and ConsentRecord.model_validate(consent, from_attributes=True),
-        created_at=model.created_at,
-    )
-
-
-def _configured(settings: Settings, user: str) -> Model:
-    source = settings.user_models[user]
-    return Model(
-        id=f"configured:{user}",
-        user_id=user,
-        name=DEFAULT_USER,
-        token=None,
-        class_noun=None,
-        model_id=source.model_id,
-        status="configured",
-        version=None,
-        versions=0,
-        consent=None,
-        created_at=None,
-    )
-
-
-def _version(model: tables.Model, version: ModelVersion) -> Version:
-    here = f"/models/{model.id}/versions/{version.number}"
-    samples = sorted(name for name in version.files if name.startswith(SAMPLE))
-    return Version(
-        version=version.number,
-        published=version.id == model.published_id,
-        kind=version.kind,
-        base=version.source["base"],
-        base_hash=version.base_hash,
-        sha256=version.sha256,
-        files=version.files,
-        bytes=version.bytes,
-        parameters=version.parameters,
-        scores=version.scores,
-        refusal=version.refusal,
-        samples=[f"{here}/files/{name}" for name in samples],
-        job_id=version.request_id,
-        created_at=version.created_at,
-    )

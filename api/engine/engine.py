@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import math
 import threading
 import time
 import warnings
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import diffusers
-import psutil
 import structlog
 import torch
 import transformers
@@ -32,6 +30,7 @@ from api.engine.dreambooth import OnReport, Trained, train
 from api.engine.encoder import load_encoder
 from api.engine.examples import Check
 from api.engine.faces import count_faces
+from api.engine.host import free_host_bytes
 from api.engine.judge import Judge
 from api.engine.knee import Knee
 from api.engine.learned import components_of, step_bytes
@@ -60,7 +59,6 @@ log = structlog.get_logger()
 USUAL_SIDE = 512  # pixels, that a compiled model is warmed for; others wait for it once
 HOST_SHARE = 0.5
 GPU_SHARE = 0.7
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class Engine:
@@ -111,7 +109,7 @@ class Engine:
         """Returns the memory that is free on `device` now."""
         if device == "cuda":
             return int(torch.cuda.mem_get_info()[0])
-        return int(min(psutil.virtual_memory().available, _container_free_bytes()))  # an Apple GPU shares the host's
+        return free_host_bytes()  # an Apple GPU shares the host's
 
     def check_device(self) -> None:
         """Raises DeviceLost when the device can draw no more; never waits for a drawing."""
@@ -393,11 +391,3 @@ def _our_out_of_memory() -> Iterator[None]:
             raise
         where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "computer"
         raise OutOfMemory(f"the {where} has no memory left for this picture") from error
-
-
-def _container_free_bytes() -> float:
-    """Returns what the container we run in has left (cgroup v2), or infinity outside of one."""
-    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
-    if not limit.exists() or (most := limit.read_text().strip()) == "max":
-        return math.inf
-    return max(0, int(most) - int(used.read_text()))

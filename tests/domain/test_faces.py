@@ -58,9 +58,8 @@ def submit(
         files += [(f"{seed}.png", stored(scene(number, 2000 + seed))) for seed, number in enumerate(faces)]
         with folder.collecting() as place:
             chosen = choose(files, place)
-            verdicts = [{"name": name, "good": reason is None, "reason": reason} for name, reason in chosen.verdicts]
             source = builders.source(base_folder)
-            order = TrainingOrder("eve", "eve", noun, chosen.photos, verdicts, source, "owner", steps=1, rank=2)
+            order = TrainingOrder("eve", "eve", noun, chosen, source, "owner", steps=1, rank=2)
             job = await trainings.submit(builders.settings(), database, vault, folder, order)
         wake.wake(Wake.QUEUE)
         return job
@@ -78,13 +77,13 @@ async def test_pictures_of_nobody_and_of_several_are_not_learned(
     submit: Submit, make_worker: Callable[..., Worker], database: Database, wake: Wake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learned = list[int]()
-    learn = trainings._learn
+    learn = made.make
 
     def noting(studio: Studio, job: Request, *more: Any) -> Any:
         learned.append(len(studio.folder.photos_of(job.id)))
         return learn(studio, job, *more)
 
-    monkeypatch.setattr(trainings, "_learn", noting)
+    monkeypatch.setattr(trainings, "make", noting)
     async with working(make_worker()):
         job = await until(database, wake, (await submit(1, 0, 1, 2, 1)).id, "succeeded", "failed")
     assert job.status == "succeeded", job.error_detail

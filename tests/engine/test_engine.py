@@ -77,7 +77,7 @@ def test_a_base_for_a_gpu_passes_the_host_in_float32(
 def test_a_containers_limit_bounds_what_is_free(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.engine.engine.CGROUP", tmp_path)
+    monkeypatch.setattr("api.engine.host.CGROUP", tmp_path)
     unbounded = engine.free_bytes("cpu")
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")

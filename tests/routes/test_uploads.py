@@ -236,14 +236,12 @@ async def test_a_disk_without_room_is_told_before_anything_comes(app: FastAPI, a
     assert (await send(ada, where, 0, b"abc")).status_code == 204
 
 
-async def test_what_expired_is_not_there_and_is_swept(
-    ada: httpx2.AsyncClient, database: Database, tmp_path: Path
-) -> None:
+async def test_what_expired_is_not_there_and_is_swept(ada: httpx2.AsyncClient, tmp_path: Path) -> None:
     where = await begun(ada)
     for path in (tmp_path / "data/uploads").iterdir():
         os.utime(path, (0, time.time() - LIFE_SECONDS - 1))
     assert (await ada.head(where)).status_code == 404
-    assert await sweep_uploads(ModelFolder(tmp_path / "data"), database) == 1
+    assert await sweep_uploads(ModelFolder(tmp_path / "data")) == 1
     assert [path.name for path in (tmp_path / "data/uploads").iterdir()] == [".lock"]
 
 
