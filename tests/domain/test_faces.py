@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from anyio import CapacityLimiter
 
-from api.domain import leftovers, trainings
+from api.domain import leftovers, made, trainings
 from api.domain.faces import require_faces
 from api.domain.generate import Studio
 from api.domain.photos import choose
