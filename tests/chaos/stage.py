@@ -111,7 +111,9 @@ class Stage:
         """Starts `sitter worker` with one job in hand at a time."""
         return self.start("worker", "--jobs", "1", *more, faults=faults, lease_seconds=lease_seconds, **env)
 
-    async def work_until(self, done: Callable[[], Awaitable[bool]], start: Callable[[], int]) -> Counter[int]:
+    async def work_until(
+        self, done: Callable[[], Awaitable[bool]], start: Callable[[], int], at_once: int = WORKERS
+    ) -> Counter[int]:
         """Keeps a few workers at work that `start` starts, until all is done; returns how each of them ended."""
         ends: Counter[int] = Counter()
         workers: list[int] = []
@@ -120,7 +122,7 @@ class Stage:
                 if (code := self.ended(pid)) is not None:
                     workers.remove(pid)
                     ends[code] += 1
-            while len(workers) < WORKERS:
+            while len(workers) < at_once:
                 workers.append(start())
             if await done():
                 break

@@ -24,17 +24,23 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from api import cli, serving, whole, wiring
-from api.domain import crashes, generate, jobs, webhooks, worker
+from api.domain import crashes, generate, jobs, trainings, webhooks, worker
+from api.domain.jobs import Progress
 from api.domain.wake import Wake
 from api.domain.webhooks import Deliverer, Parcel
+from api.engine import dreambooth, judge
 from api.engine.engine import Engine
 from api.errors import DeviceLost
 from api.store import postgresql, tables
 from api.store.database import Database
+from api.store.models import ModelFolder
 
 POINTS = ("claimed", "drawing", "drawn", "part", "saved", "publishing", "published")
 """After the claim, in the middle of the steps, with pictures in memory, with half a file, with whole files, with rows
 that are not committed, and with everything done."""
+TRAINING_POINTS = ("phase-publishing", "keeping", "kept", "versioned", "publishing", "published")
+"""Of a training, besides each `step-7` and `phase-validating`: before its files, with some of them, with all of them,
+with its version's row, with an end that is not committed, and with everything done."""
 POST_POINTS = ("taken", "posted", "noted")
 """Of a webhook: after the claim, with the receiver's answer, and with everything done."""
 
@@ -74,6 +80,7 @@ class Faults:
     def __init__(self, marks: Path) -> None:
         self._marks = marks
         self._job: tables.Request | None = None
+        self._keeping = False  # the files of a version
         self._told: dict[str, tables.Request] = {}  # by id: those with a webhook in hand
 
     def _due(self, point: str, job: tables.Request | None = None) -> str | None:
@@ -128,7 +135,7 @@ class Faults:
 
         def sync_then(handle: int) -> None:
             sync(handle)
-            self.at_in_thread("part")
+            self.at_in_thread("keeping" if self._keeping else "part")
 
         async def save_then(*args: Any) -> Any:
             finished = await save(*args)
@@ -175,8 +182,41 @@ class Faults:
             (Deliverer, "_send", send_then),
             (Deliverer, "_note", note_then),
         ]
-        for where, name, what in replaced:
+        for where, name, what in [*replaced, *self._in_trainings()]:
             setattr(where, name, what)
+
+    def _in_trainings(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        on_progress, keep = worker._InHand.on_progress, ModelFolder.keep
+        add_version, publish_version = trainings._add_version, trainings.publish
+
+        def on_progress_then(job: Any, progress: Progress) -> None:
+            on_progress(job, progress)
+            if how := self._due(f"step-{progress.step}" if progress.phase == "training" else f"phase-{progress.phase}"):
+                ACTIONS[how]()  # on whichever thread it is
+
+        def keep_then(*args: Any) -> None:
+            self._keeping = True
+            keep(*args)
+            self._keeping = False
+            self.at_in_thread("kept")
+
+        async def add_version_then(*args: Any) -> Any:
+            version = await add_version(*args)
+            await self.at("versioned")
+            return version
+
+        async def publish_version_then(*args: Any) -> bool:
+            published = await publish_version(*args)
+            if published:
+                await self.at("published")
+            return published
+
+        return [
+            (worker._InHand, "on_progress", on_progress_then),
+            (ModelFolder, "keep", keep_then),
+            (trainings, "_add_version", add_version_then),
+            (trainings, "publish", publish_version_then),
+        ]
 
 
 def shift_clock(seconds: float) -> None:
@@ -225,6 +265,9 @@ def run(order: dict[str, Any]) -> int:
         (wiring, "GRACEFUL_SECONDS"),
         (wiring, "NEWER_SECONDS"),
         (serving, "GRACEFUL_SECONDS"),
+        (dreambooth, "SAMPLE_STEPS"),
+        (dreambooth, "SCENES"),
+        (judge, "LEAST_VARIETY"),
     ]
     for module, name in constants:
         setattr(module, name, faults.get(name, getattr(module, name)))
