@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import ZipFile
 
 import pytest
 from PIL import Image
@@ -175,6 +176,27 @@ def test_what_is_learned_is_what_was_asked_for(folder: Path) -> None:
     asked = {"class_noun": "dog", "steps": 2, "rank": 3, "seed": 5, "flip": True, "resolution": 256}
     asked |= {"train_text_encoder": True, "prior_preservation": False, "keep_pictures": False}
     assert job.parameters.items() >= asked.items()
+
+
+def test_a_whole_model_is_trained_where_that_is_allowed_and_written_as_an_archive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train", str(folder), "--name", "eve", "--steps", "2", "--kind", "full", "--consent")
+    code, said = sitter(*words)
+    assert (code, "whole models are not trained here" in said, rows(Request)) == (1, True, [])
+    monkeypatch.setenv("FULL_TRAINING", "true")
+    for wrong in (("-o", "eve.safetensors"), ("--rank", "2")):
+        assert sitter(*words, *wrong)[0] in (1, 2)
+    code, said = sitter(*words, "-o", "eve.zip")
+    assert (code, "eve.zip: the folder of the whole model" in said) == (0, True), said
+    with ZipFile("eve.zip") as archive:
+        assert {"model_index.json", "unet/config.json", "vae/config.json"} < set(archive.namelist())
+        assert not [name for name in archive.namelist() if name.endswith(".png")]
+    assert "trained already" in sitter(*words)[1]
+    assert "eve/eve@1, seed 1" in draw(said)
+    for name, done in (("again.safetensors", 1), ("again.zip", 0)):
+        assert sitter("models", "export", "eve", "-o", name)[0] == done
+    assert Path("again.zip").read_bytes() == Path("eve.zip").read_bytes()
 
 
 def test_one_that_came_to_nothing_is_told_and_begun_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
