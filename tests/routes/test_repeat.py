@@ -9,9 +9,9 @@ from tests.people import PASSWORD
 pytestmark = pytest.mark.anyio
 
 SAME = {"Idempotency-Key": "mine"}
-# What these do twice is what they do once; signing in again gives a new token.
+# What these do twice is what they do once; signing in again gives a new token, an upload begun in vain expires.
 HARMLESS = {"/auth/login", "/auth/logout", "/setup", "/jobs/{job_id}/cancel"}
-HARMLESS |= {"/models", "/models/{model_id}/versions/{number}/publish"}
+HARMLESS |= {"/models", "/models/{model_id}/versions/{number}/publish", "/uploads"}
 
 
 def test_every_post_that_makes_something_may_be_repeated() -> None:

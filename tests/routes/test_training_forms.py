@@ -169,7 +169,7 @@ async def test_a_body_that_is_too_long_is_refused(
 ) -> None:
     body = form_of(encoded(FORM), [(b"1.png", bytes(5000))])
     monkeypatch.setitem(limits.UPLOADS, "/trainings", len(body))
-    assert wrong_answer(await post(ada, body), 422, "pictures are good") is None  # it was read to its end
+    assert wrong_answer(await post(ada, body), 422, "no picture is good") is None  # it was read to its end
 
     async def in_pieces() -> AsyncIterator[bytes]:
         for start in range(0, len(body), 100):
@@ -220,4 +220,4 @@ async def test_a_large_body_may_take_longer(ada: httpx2.AsyncClient, monkeypatch
             yield body[start : start + 2000]
             await asyncio.sleep(0.2)
 
-    assert wrong_answer(await post(ada, slow()), 422, "pictures are good") is None  # it was read to its end
+    assert wrong_answer(await post(ada, slow()), 422, "no picture is good") is None  # it was read to its end
