@@ -211,16 +211,11 @@ class ModelService:
         Raises:
             SitterError: the base is unavailable, the training failed, memory ran out, or the server stops.
         """
-
-        def still_wanted() -> None:
-            self._raise_if_stopping()
-            check()
-
         # Without a turn, which others would wait for: in use besides the bases that have theirs.
         base, shelf = source.without_lora(), self._shelf
         with shelf.lease(base) as model, shelf.reserved(self.engine.training_bytes(model.base, base, lesson)):
             return shelf.retried_without_idle(  # the second time it goes on from its last state
-                lambda: self.engine.train(model.base, base, lesson, folder, report, still_wanted)
+                lambda: self.engine.train(model.base, base, lesson, folder, report, self._still_wanted(check))
             )
 
     @property
@@ -234,11 +229,7 @@ class ModelService:
         Raises:
             SitterError: the detector does not load, memory ran out, or the server stops.
         """
-
-        def still_wanted() -> None:
-            self._raise_if_stopping()
-            check()
-
+        still_wanted = self._still_wanted(check)
         return self._shelf.retried_without_idle(lambda: self.engine.count_faces(photos, still_wanted))
 
     def lease(self, source: ModelSource) -> AbstractContextManager[LeasedModel]:
@@ -297,11 +288,7 @@ class ModelService:
         found.check_size(request.width, request.height)
         found.check_preset(request.preset)
         found.check_scheduler(request.scheduler)
-        asked = time.perf_counter()
-
-        def still_wanted() -> None:
-            self._raise_if_stopping()
-            check()
+        asked, still_wanted = time.perf_counter(), self._still_wanted(check)
 
         def checked_step(step: "Step") -> None:
             self._raise_if_stopping()
@@ -334,6 +321,15 @@ class ModelService:
             return
         self._next_check = time.monotonic() + CHECK_SECONDS
         self._shelf.check()
+
+    def _still_wanted(self, check: Callable[[], None]) -> Callable[[], None]:
+        """Returns a check that raises when the server stops, too."""
+
+        def still_wanted() -> None:
+            self._raise_if_stopping()
+            check()
+
+        return still_wanted
 
     def _raise_if_stopping(self) -> None:
         # The main thread is gone when the process was told to end at once, without `close`.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from api.engine.adapters import Adapter, load_adapter
 from api.engine.base import Base
 from api.engine.batch import Batch
-from api.engine.sources import FoundBase, weight_files
+from api.engine.sources import INDEX, FoundBase, weight_files
 from api.engine.stock import StockBase
 from api.engine.stock_adapters import StockAdapter, load_stock_adapter
 from api.engine.text2image import read_index
@@ -23,7 +23,6 @@ from api.engine.weights import write_tensors
 from api.errors import InvalidRequest
 from api.whole import sync_file, sync_folder
 
-MODEL_INDEX = "model_index.json"
 SETTINGS = ("*.json", "*.txt", "*.jinja")
 SHARDS = ".index.json"  # lists the files that weights lie in; what learned lies in one
 OF_TRANSFORMERS, OF_DIFFUSERS = "model.safetensors", "diffusion_pytorch_model.safetensors"
@@ -71,7 +70,7 @@ def save_model(found: FoundBase, tensors: Mapping[str, Tensor], folder: Path) ->
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of somebody who died over it
     part.mkdir(parents=True)
-    shutil.copyfile(found.path / MODEL_INDEX, part / MODEL_INDEX)
+    shutil.copyfile(found.path / INDEX, part / INDEX)
     index, learned = read_index(found.path), _by_component(tensors)
     for name, kind in index.components.items():
         if kind is None:

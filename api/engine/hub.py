@@ -20,11 +20,10 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils._headers import build_hf_headers
 
 from api.config import Settings
-from api.engine.sources import LORA_FILES
+from api.engine.sources import INDEX, LORA_FILES
 from api.engine.unpacked import FILES
 from api.errors import Forbidden, InvalidRequest, ModelUnavailable, NotFound
 
-INDEX = "model_index.json"
 WHOLE = {f"{folder}/{file}".removeprefix("/") for folder, files in FILES.items() for file in files}
 LORA = {*LORA_FILES, "adapter_config.json"}
 

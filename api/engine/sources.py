@@ -23,6 +23,7 @@ from api.engine.text2image import STABLE_DIFFUSION, read_index, samplers, size_s
 from api.engine.weights import SAFETENSORS_HINT, read_header
 from api.errors import InvalidRequest, ModelUnavailable, UnsupportedSize
 
+INDEX = "model_index.json"  # of a whole model's folder
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 TENSOR_COMPONENTS = ("unet", "vae", "text_encoder", "safety_checker")
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -102,7 +103,7 @@ def _in_folder(name: str, folder: Path) -> FoundBase:
 
 
 def _refuse_lora(source: ModelSource, folder: Path) -> None:
-    if not (folder / "model_index.json").exists() and any((folder / name).is_file() for name in LORA_FILES):
+    if not (folder / INDEX).exists() and any((folder / name).is_file() for name in LORA_FILES):
         hint = f'Name the base that it is for: {{"base": "models/demo", "lora": "{source.base}"}}.'
         raise ModelUnavailable(f"{source.base} is a LoRA, not a whole model", hint)
 

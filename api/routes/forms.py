@@ -1,6 +1,5 @@
 """Forms with files, read by hand once it is known who sends them; FastAPI would read them first."""
 
-import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -14,12 +13,12 @@ from starlette.requests import ClientDisconnect
 from api.errors import InvalidRequest, StorageFull, StorageUnavailable
 from api.routes.caller import CallerDep
 from api.routes.service import ServiceDep
+from api.whole import NO_ROOM
 
 Fields = TypeVar("Fields", bound=BaseModel)
 FILE = {"type": "string", "format": "binary"}
 MOST_FIELDS = 32
 FIELD_BYTES = 10_000
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 async def one_body(service: ServiceDep, caller: CallerDep) -> AsyncIterator[None]:

@@ -1,7 +1,6 @@
 """The disk that a folder is on: how much room it has, asked seldom, as it may hang."""
 
 import asyncio
-import errno
 import math
 import shutil
 import time
@@ -12,8 +11,8 @@ from pathlib import Path
 from anyio import CapacityLimiter, to_thread
 
 from api.errors import StorageFull, StorageUnavailable
+from api.whole import NO_ROOM
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ROOM_BYTES = 16_000_000  # with less on the disk nothing is begun
 LOOK_SECONDS = 1.0  # between looks at it
 HANGING_SECONDS = 10.0

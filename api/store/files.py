@@ -10,8 +10,8 @@ from pathlib import Path
 
 from api.config import USER_ID
 from api.errors import NotFound, StorageFull, StorageUnavailable
-from api.store.disk import NO_ROOM, Disk
-from api.whole import write_whole
+from api.store.disk import Disk
+from api.whole import NO_ROOM, write_whole
 
 PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(r\d+)?(_\d{{1,2}})?\.png")
 """What our pictures are called: user, date, time, the end of the job's id, which attempt and which picture it is."""

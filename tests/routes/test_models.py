@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -25,21 +24,6 @@ pytestmark = pytest.mark.anyio
 JSON = {"Content-Type": "application/json"}
 DRAWING = {"prompt": "a knight", "width": 256, "height": 256, "num_inference_steps": 1}
 NAME = "evangeline"
-
-
-@pytest.fixture
-async def ada(app: FastAPI, database: Database) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client with Ada's key."""
-    await people.add_user(database, "ada")
-    async with people.client_of(app, await people.add_key(database, "ada")) as client:
-        yield client
-
-
-@pytest.fixture
-async def bo(app: FastAPI, database: Database) -> AsyncIterator[httpx2.AsyncClient]:
-    await people.add_user(database, "bo")
-    async with people.client_of(app, await people.add_key(database, "bo")) as client:
-        yield client
 
 
 @pytest.fixture

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from fastapi import FastAPI
 
 from api.routes import limits
 from api.store.database import Database
 from api.wire.models import MOST_RANK, MOST_STEPS, TrainingRequest
-from tests import people
 from tests.forms import BOUNDARY, FORM, GOOD, MULTIPART, form_of, left, pictures, wrong_answer
 
 pytestmark = pytest.mark.anyio
@@ -56,20 +54,6 @@ NAMES = [
     b"x" * 5000,
 ]
 NAMES += ["\u202egnp.exe".encode(), "\x85.png".encode(), "\ufeff\u2028".encode(), b""]
-
-
-@pytest.fixture
-async def ada(app: FastAPI, database: Database) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client with Ada's key."""
-    await people.add_user(database, "ada")
-    async with people.client_of(app, await people.add_key(database, "ada")) as client:
-        yield client
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    """That of the app."""
-    return tmp_path / "data"
 
 
 async def post(

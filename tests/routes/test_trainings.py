@@ -1,7 +1,7 @@
 """POST /trainings: which pictures become a job, and all that is refused and leaves nothing."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,6 @@ pytestmark = pytest.mark.anyio
 NOT_WHOLE = "bad.jpg: it is no whole JPEG, PNG or WebP"
 NO_ZIP = "the archive is no ZIP that can be read"
 TOO_FEW = "good, 3 are the least"
-
-
-@pytest.fixture
-async def ada(app: FastAPI, database: Database) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client with Ada's key."""
-    await people.add_user(database, "ada")
-    async with people.client_of(app, await people.add_key(database, "ada")) as client:
-        yield client
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    """That of the app."""
-    return tmp_path / "data"
 
 
 async def test_good_pictures_become_a_job(ada: httpx2.AsyncClient, database: Database, data_dir: Path) -> None:

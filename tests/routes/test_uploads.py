@@ -30,20 +30,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB = {"hub": "somebody/model", "revision": COMMIT}
 
 
-@pytest.fixture
-async def ada(app: FastAPI, database: Database) -> AsyncIterator[httpx2.AsyncClient]:
-    await people.add_user(database, "ada")
-    async with people.client_of(app, await people.add_key(database, "ada")) as client:
-        yield client
-
-
-@pytest.fixture
-async def bo(app: FastAPI, database: Database) -> AsyncIterator[httpx2.AsyncClient]:
-    await people.add_user(database, "bo")
-    async with people.client_of(app, await people.add_key(database, "bo")) as client:
-        yield client
-
-
 async def begin(client: httpx2.AsyncClient, length: Any = 10, **headers: str) -> httpx2.Response:
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     return await client.post("/uploads", headers={**TUS, "Upload-Length": str(length), **sent})

@@ -14,7 +14,7 @@ import pytest
 from api.errors import NotFound, StorageFull, StorageUnavailable
 from api.store import disk
 from api.store.files import PictureFolder
-from api.whole import write_whole
+from api.whole import NO_ROOM, write_whole
 
 NAME = "user_123_20250107_143022_93f21d07.png"
 WRITERS = 8
@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     assert folder.read(NAME) == b"x" * 5000
 
 
-@pytest.mark.parametrize("number", sorted(disk.NO_ROOM))
+@pytest.mark.parametrize("number", sorted(NO_ROOM))
 @pytest.mark.parametrize("call", ["pathlib.Path.mkdir", "tempfile.mkstemp", "os.fsync", "pathlib.Path.replace"])
 def test_no_room_anywhere_on_the_way_is_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
