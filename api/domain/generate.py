@@ -19,7 +19,7 @@ from api.errors import SitterError
 from api.model_service import Generation, ModelService
 from api.schemas import GenerateRequest
 from api.store.database import Database
-from api.store.files import PictureFolder
+from api.store.files import PictureFolder, blur
 from api.store.models import ModelFolder
 from api.store.tables import Image, Request, now
 from api.store.vault import Vault
@@ -131,6 +131,7 @@ def _save_one(studio: Studio, job: Request, drawn: Drawn, position: int, seed: i
         seed=seed,
         bytes=len(png),
         sha256=hashlib.sha256(png).hexdigest(),
+        blur=blur(plain),
         category=job.category,
         processing_time=drawn.seconds / len(generation.pngs),
     )

@@ -1,19 +1,22 @@
 """The pictures that were drawn: found by words, model, date and tag, looked at, read and deleted."""
 
 import asyncio
+import base64
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import anyio.to_thread
 import structlog
-from sqlalchemy import Select, delete, select
+from anyio import CapacityLimiter
+from sqlalchemy import ColumnElement, Select, delete, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain.accounts import Caller
-from api.errors import NotFound, SitterError
+from api.domain.png_text import without_text
+from api.errors import NotFound, SitterError, StorageFull, StorageUnavailable
 from api.store import tables
 from api.store.database import Database
 from api.store.files import PictureFolder
@@ -26,6 +29,7 @@ log = structlog.get_logger()
 ORPHAN_SECONDS = 3600.0  # how old a file that no row knows must be before it is taken for left over
 SWEEP_SECONDS = 3600.0
 ROWS_AT_ONCE = 500
+_two_at_a_time = CapacityLimiter(2)  # thumbnails: a page asks for fifty at once, and others draw meanwhile
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,11 @@ class Wanted:
     """Which pictures to list. What is None does not matter."""
 
     words: str | None = None  # each of them stands in the prompt
-    model: str | None = None
+    model: str | None = None  # its id; without a version, of any version
     begin: datetime | None = None  # drawn then or later
     end: datetime | None = None  # drawn before that
     tag: str | None = None
+    rating: int | None = None  # so many stars or more
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ async def page(
     for word in searchable(wanted.words or "").split():
         listed = listed.where(tables.Image.words.contains(word, autoescape=True))
     if wanted.model is not None:
-        listed = listed.where(tables.Image.model_id == wanted.model)
+        listed = listed.where(_drawn_by(wanted.model))
     if wanted.begin is not None:
         listed = listed.where(tables.Image.created_at >= wanted.begin)
     if wanted.end is not None:
@@ -98,8 +103,16 @@ async def page(
     if wanted.tag is not None:
         tagged = select(ImageTag.image_id).where(ImageTag.tag == wanted.tag)
         listed = listed.where(tables.Image.id.in_(tagged))
+    if wanted.rating is not None:
+        listed = listed.where(tables.Image.rating >= wanted.rating)
     async with database.reading() as session:
         return await _described(session, vault, caller, listed)
+
+
+def _drawn_by(model: str) -> ColumnElement[bool]:
+    """Pictures name each model that drew with its version, `eve/eve@1+eve/bob@2`; configured ones have none."""
+    named, begin = tables.Image.model_id, f"{model}@"
+    return or_(named == model, named.startswith(begin, autoescape=True), named.contains(f"+{begin}", autoescape=True))
 
 
 async def after(
@@ -123,6 +136,17 @@ async def find(database: Database, vault: Vault, caller: Caller, image_id: str) 
     return found[0]
 
 
+async def neighbours(database: Database, caller: Caller, image: Image) -> tuple[str | None, str | None]:
+    """Returns the pictures beside a picture as `page` lists them: the next newer one's id, the next older one's."""
+    newer = select(func.min(tables.Image.id)).where(tables.Image.id > image.id)
+    older = select(func.max(tables.Image.id)).where(tables.Image.id < image.id)
+    if caller.user_id is not None:  # the owner of the machine sees everybody's, an administrator one's at a time
+        of_them = tables.Image.user_id == image.user_id
+        newer, older = newer.where(of_them), older.where(of_them)
+    async with database.reading() as session:
+        return await session.scalar(newer), await session.scalar(older)
+
+
 async def file_of(database: Database, pictures: PictureFolder, caller: Caller, image_id: str) -> PictureFile:
     """Returns the picture's file.
 
@@ -141,18 +165,52 @@ async def file_of(database: Database, pictures: PictureFolder, caller: Caller, i
     return PictureFile(path, size, image.sha256, path.name)
 
 
+async def thumbnail_of(pictures: PictureFolder, file: PictureFile) -> Path:
+    """Returns where a small version of a picture is, or the picture itself where it cannot be kept.
+
+    Raises:
+        NotFound: its file is gone.
+    """
+    try:
+        return await anyio.to_thread.run_sync(pictures.thumbnail, file.name, limiter=_two_at_a_time)
+    except (StorageFull, StorageUnavailable) as error:
+        log.warning(error.code, reason=error.detail)
+        return file.path
+
+
+async def plain(pictures: PictureFolder, file: PictureFile) -> bytes:
+    """Returns the PNG without what it says of how it was made.
+
+    Raises:
+        NotFound: its file is gone.
+        StorageUnavailable: it cannot be read.
+    """
+    return await anyio.to_thread.run_sync(lambda: without_text(pictures.read(file.name)))
+
+
 async def erase_image(database: Database, pictures: PictureFolder, caller: Caller, image_id: str) -> None:
     """Removes the picture: first its row, then its file, which `sweep` removes should we not come to it.
 
     Raises:
         NotFound: there is no such picture that the caller may see.
     """
+    if not await erase_images(database, pictures, caller, [image_id]):
+        raise NotFound("there is no such picture")
+
+
+async def erase_images(database: Database, pictures: PictureFolder, caller: Caller, image_ids: Collection[str]) -> int:
+    """Removes those of these pictures that are there for the caller, as `erase_image` does; returns how many."""
+    erased = delete(tables.Image).where(tables.Image.id.in_(image_ids), theirs(caller))
     async with database.transaction() as session:
-        image = await session.get(tables.Image, image_id)
-        if image is None or not caller.may_see(image.user_id):
-            raise NotFound("there is no such picture")
-        await session.execute(delete(tables.Image).where(tables.Image.id == image_id))
-    await delete_files(pictures, [image.image_url])
+        names = list(await session.scalars(erased.returning(tables.Image.image_url)))
+    await delete_files(pictures, names)
+    return len(names)
+
+
+def theirs(caller: Caller) -> ColumnElement[bool]:
+    """Returns the condition that a picture is there for the caller."""
+    owner = caller.owner_filter(None)
+    return true() if owner is None else tables.Image.user_id == owner
 
 
 async def delete_files(pictures: PictureFolder, names: Iterable[str]) -> None:
@@ -251,6 +309,8 @@ def describe(vault: Vault, caller: Caller, image: tables.Image, request: Request
         ),
         category=image.category,
         tags=tags,
+        rating=image.rating,
+        blur=image.blur and f"data:image/webp;base64,{base64.b64encode(image.blur).decode()}",
         url=f"/images/{image.id}/file",
         file_path=image.image_url,
         bytes=image.bytes,

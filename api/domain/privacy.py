@@ -88,10 +88,11 @@ async def _zip(
         last = ""
         while found := await _pictures(database, user.id, last):
             for _, name, made in found:
-                path = pictures.path_of(name)
-                async with aclosing(_file(path, archive, pipe, f"pictures/{name}", made)) as parts:
-                    async for part in parts:
-                        yield part
+                with suppress(NotFound):  # its record says so
+                    path = pictures.path_of(name)
+                    async with aclosing(_file(path, archive, pipe, f"pictures/{name}", made)) as parts:
+                        async for part in parts:
+                            yield part
             last = found[-1][0]
         async with aclosing(_models(own, archive, pipe, caller, user.id)) as parts:
             async for part in parts:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator
 from starlette.types import Receive, Scope, Send
 
 from api.config import UserId
-from api.domain import library
+from api.domain import boards, library
 from api.domain.library import Wanted
 from api.errors import InvalidRequest, SitterError
 from api.routes import etags
@@ -18,7 +18,7 @@ from api.routes.caller import CallerDep, require
 from api.routes.errors import error_answer, error_responses
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id
-from api.wire.images import Image, ImagePage
+from api.wire.images import MOST_STARS, Image, ImageChange, ImagePage
 from api.wire.text import Text
 
 router = APIRouter(prefix="/images", tags=["Images"])
@@ -78,7 +78,13 @@ async def list_images(
         Text | None,
         Query(description="Words that all stand in the prompt; sensitive prompts are not searched.", max_length=200),
     ] = None,
-    model: Annotated[Text | None, Query(description="Drawn by this model (`model_id`).", max_length=500)] = None,
+    model: Annotated[
+        Text | None,
+        Query(
+            description="Drawn by this model (`model_id`); without its `@version`, by any version of it.",
+            max_length=500,
+        ),
+    ] = None,
     begin: Annotated[
         Moment | None,
         Query(alias="from", description="Drawn then or later: a day (UTC), or a time.", examples=["2026-01-07"]),
@@ -88,18 +94,23 @@ async def list_images(
         Query(alias="to", description="Drawn before that time, or on that day or before.", examples=["2026-01-31"]),
     ] = None,
     tag: Annotated[Text | None, Query(description="Filed under this word.", max_length=64)] = None,
+    rating: Annotated[int | None, Query(description="With so many stars or more.", ge=1, le=MOST_STARS)] = None,
     user_id: Annotated[UserId | None, Query(description="Whose; for administrators.")] = None,
     before: Annotated[Id | None, Query(description="Older than this picture.")] = None,
     limit: Annotated[int, Query(description="Most pictures on a page.", ge=1, le=100)] = 20,
 ) -> ImagePage:
     """Lists your pictures, newest first, a page at a time."""
-    wanted = Wanted(words, model, _moment(begin, timedelta(0)), _moment(end, timedelta(days=1)), tag)
+    wanted = Wanted(words, model, moment(begin), moment(end, timedelta(days=1)), tag, rating)
     images = await library.page(service.database, service.vault, caller, user_id, wanted, before, limit)
     return ImagePage(images=images, before=images[-1].id if len(images) == limit else None)
 
 
-def _moment(given: date | datetime | None, day: timedelta) -> datetime | None:
-    """Returns a time as it is, in UTC if it names no zone, and of a day its begin, moved by `day`."""
+def moment(given: date | datetime | None, day: timedelta = timedelta(0)) -> datetime | None:
+    """Returns a time as it is, in UTC if it names no zone, and of a day its begin, moved by `day`.
+
+    Raises:
+        InvalidRequest: no calendar goes that far.
+    """
     if given is None:
         return None
     try:
@@ -149,12 +160,17 @@ async def fetch_image(
     range: Annotated[str | None, Header(description="A part of the file: `bytes=0-1023`.")] = None,
     if_range: Annotated[str | None, Header(description="Send the whole unless this is the ETag.")] = None,
     download: Annotated[bool, Query(description="Have browsers save it rather than show it.")] = False,
+    plain: Annotated[bool, Query(description="Leave out what the file says of how it was made; always whole.")] = False,
 ) -> Response:
     """Sends the PNG, or the part of it that `Range` asks for."""
     file = await library.file_of(service.database, service.pictures, caller, image_id)
-    headers = {"ETag": f'"{file.sha256}"', "Cache-Control": CACHE}
+    headers = {"ETag": f'"{"plain-" if plain else ""}{file.sha256}"', "Cache-Control": CACHE}
     if etags.is_known(headers["ETag"], if_none_match):
         return Response(status_code=304, headers=headers)
+    disposition = "attachment" if download else "inline"
+    if plain:
+        headers["Content-Disposition"] = f'{disposition}; filename="{file.name}"'
+        return Response(await library.plain(service.pictures, file), headers=headers, media_type="image/png")
     part = _part(range) if if_range in (None, headers["ETag"]) else None
     if part is not None and (part[1] == 0 or (part[0] or 0) >= file.bytes):
         error = RangeNotSatisfiable(f"the picture has {file.bytes} bytes")
@@ -165,8 +181,48 @@ async def fetch_image(
         headers=headers,
         media_type="image/png",
         filename=file.name,
-        content_disposition_type="attachment" if download else "inline",
+        content_disposition_type=disposition,
     )
+
+
+@router.get(
+    "/{image_id}/thumbnail",
+    summary="Fetch a small picture",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A WebP of 384 pixels at most; the PNG itself where the disk has no room for one.",
+            "content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        304: {"description": "You have it already: its ETag stands in `If-None-Match`."},
+        **error_responses(401, 403, 404, 422, 429, 503),
+    },
+    dependencies=[Depends(require("read"))],
+)
+async def fetch_thumbnail(
+    image_id: ImageId,
+    service: ServiceDep,
+    caller: CallerDep,
+    if_none_match: etags.IfNoneMatch = None,
+) -> Response:
+    """Sends a small version of a picture, for lists of many."""
+    file = await library.file_of(service.database, service.pictures, caller, image_id)
+    headers = {"ETag": f'"small-{file.sha256}"', "Cache-Control": CACHE}
+    if etags.is_known(headers["ETag"], if_none_match):
+        return Response(status_code=304, headers=headers)
+    return WholeFile(await library.thumbnail_of(service.pictures, file), headers=headers)
+
+
+@router.patch(
+    "/{image_id}",
+    summary="Rate a picture, file it",
+    responses=error_responses(401, 403, 404, 422, 429, 503),
+    dependencies=[Depends(require("manage"))],
+)
+async def change_image(image_id: ImageId, change: ImageChange, service: ServiceDep, caller: CallerDep) -> Image:
+    """Gives a picture stars, or files it under other words: its boards."""
+    await boards.change(service.database, caller, image_id, change)
+    return await library.find(service.database, service.vault, caller, image_id)
 
 
 @router.delete(

@@ -1,5 +1,6 @@
 """The output folder: each picture in a file of its own name, whole or not there at all."""
 
+import io
 import os
 import re
 import tempfile
@@ -8,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from PIL import Image
+
 from api.config import USER_ID
 from api.errors import NotFound, StorageFull, StorageUnavailable
 from api.store.disk import Disk
 from api.whole import NO_ROOM, write_whole
 
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 384, 80  # pixels: a tile of 190 on a screen of twice the density
+BLUR_SIDE, BLUR_QUALITY = 8, 40
 PICTURE = re.compile(rf"(?P<user>{USER_ID})_\d{{8}}_\d{{6}}_(?P<job>[0-9a-f]{{8,28}})(r\d+)?(_\d{{1,2}})?\.png")
 """What our pictures are called: user, date, time, the end of the job's id, which attempt and which picture it is."""
 PART = re.compile(r"\.picture-.+\.part")
@@ -91,9 +96,26 @@ class PictureFolder(Disk):
             StorageUnavailable: it cannot be removed.
         """
         try:
+            self._thumbnail_of(name).unlink(missing_ok=True)
             self.path_of(name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageUnavailable(f"{name} cannot be removed: {error.strerror}") from error
+
+    def thumbnail(self, name: str) -> Path:
+        """Returns where a small WebP of the picture is, which lies beside it; made when it is first asked for.
+
+        Raises as `read` and `save` do.
+        """
+        small = self._thumbnail_of(name)
+        if not small.exists():
+            self.save(str(Path(name).with_suffix(".webp")), _small(self.read(name)))
+            if not self.path_of(name).exists():  # deleted meanwhile
+                small.unlink(missing_ok=True)
+                raise NotFound("the file of this picture is not there any more")
+        return small
+
+    def _thumbnail_of(self, name: str) -> Path:
+        return self.path_of(name).with_suffix(".webp")
 
     def pictures_older_than(self, seconds: float) -> Iterator[tuple[str, str, str]]:
         """Yields (name, user, end of its job's id) of our pictures that were written so long ago."""
@@ -102,11 +124,16 @@ class PictureFolder(Disk):
                 yield entry.name, match["user"], match["job"]
 
     def delete_parts_older_than(self, seconds: float) -> int:
-        """Removes what writers that died have left; returns how many files that were."""
-        parts = [entry.name for entry in self._old(seconds) if PART.fullmatch(entry.name)]
+        """Removes what writers that died have left, and thumbnails of nothing; returns how many files that were."""
+        parts = [entry.name for entry in self._old(seconds) if PART.fullmatch(entry.name) or self._is_alone(entry)]
         for name in parts:
             self.delete(name)
         return len(parts)
+
+    def _is_alone(self, entry: os.DirEntry[str]) -> bool:
+        """Tells whether it is a thumbnail whose picture is gone."""
+        picture = Path(entry.path).with_suffix(".png")
+        return entry.name.endswith(".webp") and PICTURE.fullmatch(picture.name) is not None and not picture.exists()
 
     def _old(self, seconds: float) -> Iterator[os.DirEntry[str]]:
         if not self._folder.is_dir():
@@ -117,3 +144,26 @@ class PictureFolder(Disk):
                 with suppress(FileNotFoundError):  # somebody removed it meanwhile
                     if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < oldest:
                         yield entry
+
+
+def blur(png: bytes) -> bytes | None:
+    """Returns a WebP of 8 pixels at most, about 100 bytes, to stand in the picture's place until it is there.
+
+    None where the picture cannot be read: an ornament is no reason to lose it.
+    """
+    try:
+        return _small(png, BLUR_SIDE, BLUR_QUALITY)
+    except StorageUnavailable:
+        return None
+
+
+def _small(png: bytes, side: int = THUMBNAIL_SIDE, quality: int = THUMBNAIL_QUALITY) -> bytes:
+    """Returns a small WebP of a picture. Raises StorageUnavailable when it is none."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(png)) as picture:
+            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+            picture.save(buffer, "WEBP", quality=quality)
+    except OSError as error:
+        raise StorageUnavailable("a picture's file is damaged") from error
+    return buffer.getvalue()

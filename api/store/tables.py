@@ -27,6 +27,11 @@ def new_id() -> str:
     return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
 
 
+def id_at(moment: datetime) -> str:
+    """Returns what the ids of all that was made before `moment` are smaller than, and of all later are not."""
+    return f"{max(0, int(moment.timestamp() * 1000)):012x}"
+
+
 def now() -> datetime:
     """Returns the time in UTC. For people to read and for days to be counted by; leases do not use clocks."""
     return datetime.now(UTC)
@@ -288,9 +293,11 @@ class Image(Table):
     width: Mapped[int]
     height: Mapped[int]
     seed: Mapped[int] = mapped_column(BigInteger)
+    blur: Mapped[bytes | None]  # a WebP of a few pixels, shown until the picture is there
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
     category: Mapped[str | None] = mapped_column(String(64))
+    rating: Mapped[int] = mapped_column(default=0, server_default="0")  # stars, 1 to 5; 0: none were given
     api_used: Mapped[str] = mapped_column(String(32), default="local")
     cost: Mapped[float] = mapped_column(default=0.0)
     processing_time: Mapped[float]  # seconds

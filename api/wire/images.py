@@ -3,9 +3,13 @@
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.config import Scheduler
+from api.wire.jobs import Tag
+
+MOST_STARS = 5
+MOST_TAGS = 32  # of a picture
 
 
 class ImageParameters(BaseModel):
@@ -46,6 +50,11 @@ class Image(BaseModel):
     parameters: ImageParameters = Field(description="How it was drawn.")
     category: str | None = Field(description="What kind of picture it is.", examples=["portrait"])
     tags: list[str] = Field(description="Words it is filed under.", examples=[["astronaut"]])
+    rating: int = Field(description="Stars that it was given, 1 to 5; 0 is none.", examples=[4])
+    blur: str | None = Field(
+        description="A few pixels of it, to show until it is there: a `data:` address; null for old ones.",
+        examples=["data:image/webp;base64,UklGRj4AAABXRUJQ…"],
+    )
     url: str = Field(description="Where the PNG is.", examples=["/images/019a9f3c2d10b1946ac93f21d07e/file"])
     file_path: str = Field(
         description="Its file in the server's output folder.", examples=["ada_20260107_143022_93f21d07.png"]
@@ -54,6 +63,20 @@ class Image(BaseModel):
     sha256: str = Field(description="SHA-256 of the PNG.", examples=["9f86d081884c7d65…"])
     metadata: ImageMetadata = Field(description="When, where and at what cost it was made.")
     status: Literal["succeeded"] = Field(default="succeeded", description="Always so: failures have no picture.")
+
+
+class ImageChange(BaseModel):
+    """What is to be changed of a picture. What is left away, or null, stays."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rating: int | None = Field(default=None, ge=0, le=MOST_STARS, description="Stars; 0 takes them away.", examples=[4])
+    tags: list[Tag] | None = Field(
+        default=None,
+        max_length=MOST_TAGS,
+        description="All the words that it is filed under, its boards.",
+        examples=[["astronaut", "for the wall"]],
+    )
 
 
 class ImagePage(BaseModel):

@@ -100,6 +100,8 @@ async def test_a_record_says_how_the_picture_was_made(gallery: Gallery) -> None:
         },
         "category": "portrait",
         "tags": ["a", "b"],
+        "rating": 0,
+        "blur": None,
         "url": f"/images/{row.id}/file",
         "file_path": row.image_url,
         "bytes": 3,
@@ -150,6 +152,16 @@ async def test_an_erased_picture_leaves_nothing(gallery: Gallery) -> None:
         await library.erase_image(gallery.database, gallery.pictures, ADA, row.id)
 
 
+async def test_many_are_erased_at_once(gallery: Gallery) -> None:
+    gone, also_gone, kept = [await gallery.hang("ada") for _ in range(3)]
+    others = await gallery.hang("bo")
+    wanted = [gone.id, also_gone.id, others.id, "0" * 28]
+    assert await library.erase_images(gallery.database, gallery.pictures, ADA, wanted) == 2
+    assert await library.erase_images(gallery.database, gallery.pictures, ADA, wanted) == 0
+    assert await found(gallery, Wanted(), OWNER) == {kept.id, others.id}
+    assert gallery.names() == {kept.image_url, others.image_url}
+
+
 async def test_a_row_without_its_file_says_so_and_can_be_erased(gallery: Gallery) -> None:
     row = await gallery.hang("ada")
     (gallery.folder / row.image_url).unlink()
@@ -194,3 +206,19 @@ async def test_a_sweep_of_many_files_keeps_those_that_are_known(gallery: Gallery
     assert await sweep(gallery.pictures, gallery.database) == 50
     async with gallery.database.reading() as session:
         assert gallery.names() == set(await session.scalars(select(tables.Image.image_url)))
+
+
+async def test_a_picture_has_neighbours_as_its_list_has(gallery: Gallery) -> None:
+    first = await gallery.hang("ada")
+    other = await gallery.hang("bo")
+    last = await gallery.hang("ada")
+
+    async def beside(who: Caller, image: tables.Image) -> tuple[str | None, str | None]:
+        found = await library.find(gallery.database, gallery.vault, who, image.id)
+        return await library.neighbours(gallery.database, who, found)
+
+    assert await beside(ADA, first) == (last.id, None)
+    assert await beside(ADA, last) == (None, first.id)
+    assert await beside(ROOT, other) == (None, None)
+    assert await beside(ROOT, first) == (last.id, None)
+    assert await beside(OWNER, other) == (last.id, first.id)

@@ -83,6 +83,8 @@ DOORS = {
     "GET /images?user_id=ada": Door(200, "read", other=403),
     "GET /images/{image_id}": adas(200, "read"),
     "GET /images/{image_id}/file": adas(200, "read"),
+    "GET /images/{image_id}/thumbnail": adas(200, "read"),
+    "PATCH /images/{image_id}": adas(200, "manage", {"rating": 4, "tags": ["astronaut"]}),
     "DELETE /images/{image_id}": adas(204, "manage"),
     "POST /trainings": Door(202, "manage", other=403, form={"user_id": "ada", "name": "ada", "consent": "true"}),
     "GET /trainings/consent": mine(200, "read"),

@@ -1,11 +1,14 @@
 import asyncio
 import hashlib
+import io
 from pathlib import Path
 
 import httpx2
 import pytest
+from PIL import Image
 
 from api.domain.accounts import ALL_SCOPES
+from api.domain.png_text import with_text
 from api.routes import images
 from api.store.database import Database
 from api.wire.accounts import Scope
@@ -154,6 +157,41 @@ async def test_the_head_of_a_picture_tells_its_size(gallery: Gallery) -> None:
         assert (await bo.head(f"/images/{row.id}/file")).status_code == 404
 
 
+async def test_a_picture_is_rated_and_filed(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", tags=("space",))
+    other = await gallery.hang("ada", rating=2)
+    path = f"/images/{row.id}"
+    async with await client(gallery, "ada") as ada, await client(gallery, "bo") as bo:
+        for change, rating, tags in [
+            ({"rating": 4}, 4, ["space"]),
+            ({"rating": 4, "tags": ["moon", "for the wall"]}, 4, ["for the wall", "moon"]),
+            ({"rating": 4, "tags": ["moon", "for the wall"]}, 4, ["for the wall", "moon"]),
+            ({"tags": None}, 4, ["for the wall", "moon"]),
+        ]:
+            answer = await ada.patch(path, json=change)
+            assert answer.status_code == 200, answer.text
+            assert (answer.json()["rating"], answer.json()["tags"]) == (rating, tags)
+            assert (await ada.get(path)).json() == answer.json()
+        for query, expected in {
+            "rating=1": [other.id, row.id],
+            "rating=3": [row.id],
+            "rating=3&tag=moon": [row.id],
+            "tag=space": [],
+        }.items():
+            found = (await ada.get(f"/images?{query}")).json()["images"]
+            assert [image["id"] for image in found] == expected, query
+        wrong: list[object] = [{"rating": 6}, {"rating": -1}, {"rating": "4"}, {"tags": [" a"]}, {"tags": ["a\n"]}]
+        wrong += [{"tags": ["a" * 65]}, {"tags": [str(number) for number in range(33)]}, {"prompt": "a cat"}, []]
+        for change in wrong:
+            answer = await ada.patch(path, json=change)
+            assert (answer.status_code, answer.json()["error"]) == (422, "invalid_request"), change
+        assert [(await ada.get(f"/images?rating={rating}")).status_code for rating in (0, 6)] == [422, 422]
+        assert (await bo.patch(path, json={"rating": 1})).status_code == 404
+        assert (await ada.get(path)).json()["rating"] == 4
+    async with await client(gallery, "ada", "read", "draw") as reading:
+        assert (await reading.patch(path, json={"rating": 1})).status_code == 403
+
+
 async def test_a_deleted_picture_is_gone(gallery: Gallery) -> None:
     row = await gallery.hang("ada", png=PNG)
     async with await client(gallery, "ada", "manage", "read") as ada:
@@ -171,3 +209,46 @@ async def test_a_file_that_is_gone_is_not_found(gallery: Gallery) -> None:
     async with await client(gallery, "ada") as ada:
         answer = await ada.get(f"/images/{row.id}/file")
         assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+
+
+async def test_a_thumbnail_is_small_and_kept(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=picture(512, 768))
+    async with await client(gallery, "ada") as ada, await client(gallery, "bo") as bo:
+        answer = await ada.get(f"/images/{row.id}/thumbnail")
+        assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/webp")
+        assert len(answer.content) < 20_000
+        again = await ada.get(f"/images/{row.id}/thumbnail", headers={"If-None-Match": answer.headers["ETag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert (await bo.get(f"/images/{row.id}/thumbnail")).status_code == 404
+        assert (await ada.delete(f"/images/{row.id}")).status_code == 204
+        assert (await ada.get(f"/images/{row.id}/thumbnail")).status_code == 404
+    assert list((gallery.folder).iterdir()) == []
+
+
+async def test_a_picture_is_fetched_without_what_it_says(gallery: Gallery) -> None:
+    nothing_said = picture(30, 20)
+    row = await gallery.hang("ada", png=with_text(nothing_said, {"parameters": "a knight", "sitter": "{}"}))
+    path = f"/images/{row.id}/file?plain=true"
+    async with await client(gallery, "ada") as ada, await client(gallery, "bo") as bo:
+        answer = await ada.get(f"{path}&download=true", headers={"Range": "bytes=0-3"})
+        assert (answer.status_code, answer.content) == (200, nothing_said)
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["content-disposition"] == f'attachment; filename="{row.image_url}"'
+        whole = await ada.get(f"/images/{row.id}/file")
+        assert b"knight" in whole.content
+        for etag, status in ((answer.headers["etag"], 304), (whole.headers["etag"], 200)):
+            assert (await ada.get(path, headers={"If-None-Match": etag})).status_code == status
+        assert (await bo.get(path)).status_code == 404
+
+
+async def test_what_cannot_be_made_small_is_sent_as_it_is(gallery: Gallery) -> None:
+    row = await gallery.hang("ada", png=PNG)
+    async with await client(gallery, "ada") as ada:
+        answer = await ada.get(f"/images/{row.id}/thumbnail")
+    assert (answer.status_code, answer.content) == (200, PNG)
+
+
+def picture(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "navy").save(buffer, "PNG")
+    return buffer.getvalue()

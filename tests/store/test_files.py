@@ -1,5 +1,6 @@
 import asyncio
 import errno
+import io
 import os
 import resource
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 from threading import Barrier, Event
 
 import pytest
+from PIL import Image
 
 from api.errors import NotFound, StorageFull, StorageUnavailable
-from api.store import disk
+from api.store import disk, files
 from api.store.files import PictureFolder
 from api.whole import NO_ROOM, write_whole
 
@@ -258,3 +260,53 @@ async def test_a_disk_that_hangs_is_told_to_all_who_ask_at_once(
     hangs.set()
     monkeypatch.setattr(disk, "LOOK_SECONDS", 0)
     await folder.require_room()
+
+
+def test_a_thumbnail_is_made_once_and_goes_with_its_picture(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    buffer = io.BytesIO()
+    Image.new("RGB", (512, 896), "red").save(buffer, "PNG")
+    folder.save(NAME, buffer.getvalue())
+    small = folder.thumbnail(NAME)
+    with Image.open(small) as picture:
+        assert (picture.format, picture.size) == ("WEBP", (219, 384))
+    first = small.stat().st_ino
+    assert folder.thumbnail(NAME).stat().st_ino == first
+    folder.delete(NAME)
+    assert names(tmp_path) == set()
+    with pytest.raises(NotFound):
+        folder.thumbnail(NAME)
+
+
+def test_a_thumbnail_of_nothing_is_swept(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    folder.save(NAME.replace(".png", ".webp"), b"left over")
+    folder.save("portrait-of-mine.webp", b"not ours")
+    assert folder.delete_parts_older_than(-1) == 1
+    assert names(tmp_path) == {"portrait-of-mine.webp"}
+
+
+def test_a_blur_is_a_few_pixels() -> None:
+    buffer = io.BytesIO()
+    sky = Image.new("RGB", (512, 896), "blue")
+    sky.paste("red", (0, 448, 512, 896))
+    sky.save(buffer, "PNG")
+    made = files.blur(buffer.getvalue())
+    assert made is not None
+    assert len(made) < 300
+    with Image.open(io.BytesIO(made)) as small:
+        assert (small.format, small.size) == ("WEBP", (5, 8))
+        top, bottom = (small.convert("RGB").getpixel((2, row)) for row in (0, 7))
+    assert isinstance(top, tuple)
+    assert isinstance(bottom, tuple)
+    assert top[2] > 150 > top[0]
+    assert bottom[0] > 150 > bottom[2]
+    assert files.blur(b"no picture") is None
+
+
+def test_a_damaged_picture_has_no_thumbnail(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    folder.save(NAME, b"no picture")
+    with pytest.raises(StorageUnavailable):
+        folder.thumbnail(NAME)
+    assert names(tmp_path) == {NAME}
