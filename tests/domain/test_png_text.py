@@ -10,7 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from api.config import Scheduler
-from api.domain.png_text import SAMPLERS, describe, with_text
+from api.domain.png_text import SAMPLERS, Recipe, describe, read, read_parameters, scheduler_of, with_text, without_text
+from api.errors import InvalidRequest
 from api.schemas import GenerateRequest
 
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -113,3 +114,133 @@ def test_the_picture_itself_stays_as_it_was() -> None:
     with Image.open(io.BytesIO(plain)) as before, Image.open(io.BytesIO(described)) as after:
         assert before.tobytes() == after.tobytes()
     assert with_text(plain, {}) == plain
+
+
+def test_without_text_nothing_is_said_and_the_picture_stays() -> None:
+    plain = png((30, 20))
+    assert without_text(with_text(plain, {"parameters": "a knight", "sitter": "grüße 👋"})) == plain
+    assert without_text(plain) == plain
+    assert without_text(b"\x89PNG") == b"\x89PNG"
+
+
+def read_from(texts: dict[str, str]) -> Recipe:
+    return read(io.BytesIO(with_text(png(), texts)))
+
+
+def test_our_own_picture_is_read() -> None:
+    texts = describe(REQUEST, "models/sitters/ada", 42, "a" * 28)
+    recipe = read_from(texts)
+    assert recipe.values == {
+        "prompt": REQUEST.prompt,
+        "negative_prompt": "blurry, sunglasses",
+        "num_inference_steps": 30,
+        "guidance_scale": 6.5,
+        "seed": 42,
+        "scheduler": "dpmpp_2m",
+        "user_id": "ada",
+    }
+    assert (recipe.size, recipe.left_out) == ((320, 512), ())
+    without_json = read_from({"parameters": texts["parameters"]})
+    assert without_json.values == {name: value for name, value in recipe.values.items() if name != "user_id"}
+    assert without_json.size == (320, 512)
+
+
+KNIGHT = {"prompt": "a knight", "num_inference_steps": 20, "guidance_scale": 7.0, "seed": 5}
+LINE = "Steps: 20, CFG scale: 7, Seed: 5"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"a knight\n{LINE}", KNIGHT),
+        (f"a knight\r\n{LINE}\r\n", KNIGHT),
+        (f"a knight\n{LINE}\nTemplate: a {{knight|wizard}}\nNegative Template: x", KNIGHT),
+        (f"a knight\nNegative prompt: \n{LINE}", KNIGHT),
+        ("a knight\nsteps: 20, cfg scale: 7.0, seed: 5", KNIGHT),
+        ('a knight\nSteps: 20, CFG scale: 7, Seed: 5, Hashes: {"model": "a", "seed": "9"}', KNIGHT),
+        ('a knight\nSteps: "20", CFG scale: 7, Seed: 5, Lora hashes: "a: b, Steps: 3"', KNIGHT),
+        (f"a knight\x00\x1b\n{LINE}, Token merging ratio: 0.5", KNIGHT),
+        (f"Negative prompt: fog\n{LINE}", {**KNIGHT, "negative_prompt": "fog"} | {"prompt": None}),
+        (
+            'a (knight:1.2), "old", <lora:x:1>\nin: fog\n'
+            f'Negative prompt: blurry, "ugly"\nnegative prompt: twice\n{LINE}',
+            KNIGHT
+            | {"prompt": 'a (knight:1.2), "old", <lora:x:1>\nin: fog'}
+            | {"negative_prompt": 'blurry, "ugly"\nnegative prompt: twice'},
+        ),
+        ("a knight", {"prompt": "a knight"}),
+        ("a knight, at: night, by: day, in: fog", {"prompt": "a knight, at: night, by: day, in: fog"}),
+        ("", {}),
+    ],
+)
+def test_other_programs_are_read(text: str, expected: dict[str, object]) -> None:
+    assert read_parameters(text).values == {name: value for name, value in expected.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [
+        ("Euler a", "euler_a"),
+        ("Euler Ancestral", "euler_a"),
+        ("k_euler_a", "euler_a"),
+        ("k_euler_ancestral", "euler_a"),
+        ("euler", "euler"),
+        ("Euler Simple", "euler"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("DPM++ 2M Karras", "dpmpp_2m"),
+        ("dpmpp_2m_sgm_uniform", "dpmpp_2m"),
+        ("DDIM", "ddim"),
+        ("UniPC", "unipc"),
+        ("uni_pc_bh2", "unipc"),
+        ("LCM", "lcm"),
+        ("DPM++ 2M SDE Karras", None),
+        ("DPM++ SDE", None),
+        ("Heun", None),
+        ("", None),
+    ],
+)
+def test_samplers_have_many_names(sampler: str, scheduler: str | None) -> None:
+    assert scheduler_of(sampler) == scheduler
+
+
+def test_every_sampler_that_we_write_is_read() -> None:
+    assert {scheduler_of(name) for name in SAMPLERS.values()} == set(SAMPLERS)
+
+
+@pytest.mark.parametrize(("size", "expected"), [("512x768", (512, 768)), ("512 × 768", (512, 768)), ("0x9", None)])
+def test_sizes_are_read_whatever_they_are(size: str, expected: tuple[int, int] | None) -> None:
+    assert read_parameters(f"p\n{LINE}, Size: {size}, Clip skip: 2").size == expected
+
+
+def test_what_is_not_to_be_had_here_is_told() -> None:
+    recipe = read_parameters("p\nSteps: 900, Sampler: Heun, CFG scale: nan, Seed: -1")
+    assert recipe.values == {"prompt": "p"}
+    assert recipe.left_out == ("steps 900", "sampler Heun", "cfg scale nan", "seed -1")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 20_000, '{"prompt": 7}', "{}", "null", "{", '{"prompt": "p", "seed": "x", "width": "w"}']
+)
+def test_json_of_any_kind_breaks_nothing(text: str) -> None:
+    recipe = read_from({"sitter": text, "parameters": "a knight"})
+    assert recipe.values.get("prompt", "none") in {"a knight", "p", "none"}
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", png()[:20], png(), with_text(png(), {"Title": "x"})]
+)
+def test_a_file_that_says_nothing_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        read(io.BytesIO(data))
+
+
+def test_long_texts_are_not_read() -> None:
+    for text in ("x" * 1_000_000, " " * 1_000_000, 'a: "' * 100_000):
+        with pytest.raises(InvalidRequest):
+            read_from({"parameters": text})
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=300))
+def test_any_text_is_read(text: str) -> None:
+    for value in read_parameters(f"{text}\n{LINE}").values.values():
+        assert value is not None
