@@ -8,15 +8,13 @@ import os
 import re
 from ipaddress import ip_network
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     WithJsonSchema,
@@ -33,10 +31,22 @@ from pydantic_settings import (
 )
 
 from api.errors import SettingsError
+from api.model_source import ROOT, FastSource, ModelSource, Scheduler, Source, locate
 from api.origins import NamedSource, explain, unknown
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The checkout: relative model paths start here."""
+__all__ = [
+    "DEFAULT_USER",
+    "ROOT",
+    "USER_ID",
+    "USER_MODELS",
+    "FastSource",
+    "ModelSource",
+    "Scheduler",
+    "Settings",
+    "UserId",
+    "load_settings",
+    "locate",
+]
 
 USER_MODELS: dict[str, Any] = {
     # "default" draws for everybody who has no model of their own.
@@ -55,80 +65,6 @@ USER_MODELS: dict[str, Any] = {
 }
 
 DEFAULT_USER = "default"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-Scheduler = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"]
-
-
-class FastSource(BaseModel):
-    """What a base draws with in few steps, on top of whichever model of a user."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lora: str | None = Field(default=None, min_length=1, description="few-step LoRA (LCM, Hyper-SD…) over the base")
-    decoder: str | None = Field(default=None, min_length=1, description="diffusers folder of a tiny autoencoder")
-    scheduler: Scheduler | None = Field(default="lcm", description="sampler that it was distilled for")
-    num_inference_steps: int = Field(default=4, ge=1, le=150, description="denoising steps")
-    guidance_scale: float = Field(default=1.0, ge=1.0, le=20.0, allow_inf_nan=False, description="guidance")
-
-
-class ModelSource(BaseModel):
-    """Where a user's model comes from: a base, and optionally a LoRA adapter over it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    base: str = Field(min_length=1, description="diffusers folder, hub id (`name/model@revision`) or .safetensors file")
-    lora: str | None = Field(default=None, min_length=1, description="LoRA folder or .safetensors file over the base")
-    config: str | None = Field(
-        default=None,
-        min_length=1,
-        description="for a .safetensors base: diffusers folder with its shapes and tokenizer",
-    )
-    lora_scale: float = Field(default=1.0, ge=-2.0, le=2.0, allow_inf_nan=False, description="strength of the LoRA")
-    delta: str | None = Field(
-        default=None,
-        min_length=1,
-        description="file that `sitter delta` made of the base: drawn in its place, in a step with others",
-    )
-
-    @model_validator(mode="after")
-    def _delta_of_a_whole_model(self) -> Self:
-        if self.delta is not None and self.lora is not None:
-            raise ValueError("a delta stands for a whole model: give this one no lora besides")
-        return self
-
-    def __str__(self) -> str:
-        return self.model_id
-
-    @property
-    def model_id(self) -> str:
-        """The name the API answers with: the adapter's where there is one, else the base's."""
-        return self.lora or self.base
-
-    def without_lora(self) -> "ModelSource":
-        """Returns the base alone: what users with different adapters share."""
-        return self if self.lora is None else ModelSource(base=self.base, config=self.config)
-
-    def itself(self) -> Self:
-        """Returns the model without what may be drawn in its place."""
-        return self if self.delta is None else self.model_copy(update={"delta": None})
-
-    @property
-    def hub_id(self) -> tuple[str, str | None] | None:
-        """`(repository, revision)` when the base is not on this disk but looks like a hub id.
-
-        A path into a folder of the checkout is none: `models/demmo` is a slip of the pen, not somebody's repository.
-        """
-        name, _, revision = self.base.partition("@")
-        if locate(name.split("/")[0]).is_dir() or not HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
-            return None
-        return name, revision or None
-
-
-def locate(path: str | Path) -> Path:
-    """Returns `path` as an absolute path; a relative one starts at the checkout."""
-    return (ROOT / Path(path).expanduser()).absolute()
 
 
 def _model_folder(path: Path) -> Path:
@@ -140,12 +76,6 @@ def _model_folder(path: Path) -> Path:
 
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
-
-
-def _as_source(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"base": value}
-    return dict(value) if isinstance(value, MappingProxyType) else value
 
 
 def _reasonable_user(name: str) -> str:
@@ -164,7 +94,6 @@ def _addresses(text: str) -> str:
 
 USER_ID = "[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}"  # also part of file names
 UserId = Annotated[str, AfterValidator(_reasonable_user), WithJsonSchema({"type": "string", "pattern": f"^{USER_ID}$"})]
-Source = Annotated[ModelSource, BeforeValidator(_as_source)]
 
 
 class Settings(BaseSettings):
@@ -315,6 +244,8 @@ class Settings(BaseSettings):
         default="info", description="Least severe log line shown."
     )
 
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="before")
     @classmethod
     def _add_configured_models(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -344,6 +275,11 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The database's URL; it may hold a password."""
         return self.database_url.get_secret_value() if self.database_url else f"sqlite:///{self.data_dir / 'sitter.db'}"
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Name in the environment → where the setting was read, of those that do not have their default."""
+        return dict(self._origins)
 
     def owners(self) -> dict[str, str]:
         """Returns model id → user, of the models that one user alone has, and whose base nobody else's LoRA is over."""
@@ -378,6 +314,16 @@ def _named(env: PydanticBaseSettingsSource, dotenv: PydanticBaseSettingsSource) 
     return [NamedSource("the environment", env), NamedSource(".env", dotenv), NamedSource(file.name, yaml)]
 
 
+def _read_again() -> list[NamedSource]:
+    return _named(EnvSettingsSource(Settings), DotEnvSettingsSource(Settings))
+
+
+def _origins(overrides: dict[str, Any]) -> dict[str, str]:
+    """Returns where `load_settings` reads what."""
+    found = {name.upper(): source.name for source in reversed(_read_again()) for name in source()}
+    return found | {name.upper(): "the command" for name in overrides}
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Returns the settings in force.
 
@@ -389,10 +335,11 @@ def load_settings(**overrides: Any) -> Settings:
     if ours:
         raise SettingsError(unknown(ours[0], "the environment", [name.upper() for name in Settings.model_fields]))
     try:
-        return Settings(**overrides)
+        settings = Settings(**overrides)
+        settings._origins = _origins(overrides)
+        return settings
     except ValidationError as error:
-        sources = _named(EnvSettingsSource(Settings), DotEnvSettingsSource(Settings))
-        reason = explain(error, sources, Settings.model_fields, ModelSource.model_fields)
+        reason = explain(error, _read_again(), Settings.model_fields, ModelSource.model_fields)
         raise SettingsError(reason) from error
     except SettingsError:
         raise

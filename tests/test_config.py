@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from api import config
+from api import config, model_source
 from api.config import ROOT, ModelSource, Settings, load_settings, locate
 from api.errors import SettingsError
 
@@ -15,7 +15,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def _nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(Settings.model_config, "env_file", tmp_path / ".env")
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    for module in (config, model_source):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
 
 
 @pytest.fixture
@@ -67,6 +68,20 @@ def test_a_folder_without_a_model_stops_the_start(
     (tmp_path / "empty/config.json").write_text("{}")
     dotenv.write_text(f"{name}=empty\n")
     assert getattr(load_settings(), name.lower()) == tmp_path / "empty"
+
+
+def test_where_each_setting_was_read(dotenv: Path, yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dotenv.write_text("PORT=1\nWORKERS=2\nLOG_LEVEL=debug\n")
+    yaml.write_text("port: 3\nauth: required\n")
+    monkeypatch.setenv("WORKERS", "4")
+    settings = load_settings(log_level="error")
+    assert (settings.port, settings.workers, settings.auth, settings.log_level) == (1, 4, "required", "error")
+    assert settings.origins == {
+        "PORT": ".env",
+        "WORKERS": "the environment",
+        "AUTH": "sitter.yaml",
+        "LOG_LEVEL": "the command",
+    }
 
 
 def test_settings_do_not_change() -> None:

@@ -19,7 +19,7 @@ domain
 providers
 model_service
 store | engine
-config errors origins schemas whole wire
+config errors model_source origins schemas whole wire
 __init__ | test_api
 """
 

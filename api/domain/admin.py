@@ -1,6 +1,7 @@
 """What an administrator sees and changes: users, everybody's requests, usage, the audit, the settings in force."""
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,10 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from api.config import Settings
 from api.domain import keys, users
 from api.domain.accounts import Accounts, Caller
+from api.domain.jobs import QUEUED, RUNNING
 from api.domain.once import Repeatable, once
 from api.errors import InvalidRequest, NotFound
 from api.store.database import Database
-from api.store.tables import Audit, Request, Usage, User, now
+from api.store.tables import Audit, Request, Usage, User, id_at, now
 from api.wire.accounts import LimitName
 from api.wire.admin import (
     AuditPage,
@@ -35,6 +37,18 @@ from api.wire.jobs import Status
 USAGE_DAYS = 30
 USAGE_ROWS = 1000
 MASK = "**********"
+UsageBy = Literal["user", "day", "model"]
+
+
+@dataclass(frozen=True)
+class WantedRequests:
+    """Which requests to list. What is None does not matter."""
+
+    user_id: str | None = None
+    status: Status | None = None
+    words: str | None = None  # each of them stands in the prompt
+    begin: date | None = None  # made on that day (UTC) or later
+    end: date | None = None  # made on that day or before
 
 
 async def list_users(database: Database, after: str | None, limit: int) -> UserPage:
@@ -92,34 +106,51 @@ def _described(user: User) -> dict[str, Any]:
     return known | {"limits": {name: user.limits.get(name) for name in get_args(LimitName)}}
 
 
-async def list_requests(
-    database: Database, user_id: str | None, status: Status | None, before: str | None, limit: int
-) -> RequestPage:
-    """Returns requests of everybody or of one user, newest first, those before `before`."""
-    wanted = select(Request).order_by(Request.id.desc()).limit(limit)
-    if user_id is not None:
-        wanted = wanted.where(Request.user_id == user_id)
-    if status is not None:
-        wanted = wanted.where(Request.status == status)
+async def list_requests(database: Database, wanted: WantedRequests, before: str | None, limit: int) -> RequestPage:
+    """Returns requests, newest first, those before `before`. Words are never looked for in sensitive prompts."""
+    listed = select(Request).order_by(Request.id.desc()).limit(limit)
+    if wanted.user_id is not None:
+        listed = listed.where(Request.user_id == wanted.user_id)
+    if wanted.status is not None:
+        listed = listed.where(Request.status == wanted.status)
+    for word in (wanted.words or "").split():
+        listed = listed.where(Request.sensitive.is_(False), Request.description.icontains(word, autoescape=True))
+    # By ids, which sort by age and have an index.
+    if wanted.begin is not None:
+        listed = listed.where(Request.id >= id_at(datetime.combine(wanted.begin, time(), UTC)))
+    if wanted.end is not None:
+        listed = listed.where(Request.id <= id_at(datetime.combine(wanted.end, time.max, UTC)) + "f" * 16)
     if before is not None:
-        wanted = wanted.where(Request.id < before)
+        listed = listed.where(Request.id < before)
     async with database.reading() as session:
-        found = list(await session.scalars(wanted))
-    rows = [
-        RequestRow(
-            **{name: getattr(job, name) for name in RequestRow.model_fields if hasattr(job, name)},
-            prompt=None if job.sensitive else job.description,
-            num_images=job.images,
-        )
-        for job in found
-    ]
-    return RequestPage(requests=rows, before=found[-1].id if len(found) == limit else None)
+        found = list(await session.scalars(listed))
+    return RequestPage(
+        requests=[_request_row(job) for job in found], before=found[-1].id if len(found) == limit else None
+    )
 
 
-async def usage(
-    database: Database, from_day: date | None, to_day: date | None, by: Literal["user", "day"]
-) -> UsageReport:
-    """Sums the ledger up, by user or by day, from one day (UTC) to another, both included; the last 30 without.
+async def under_way(database: Database, limit: int) -> tuple[list[RequestRow], list[RequestRow]]:
+    """Returns up to `limit` of the requests that run, oldest first, and of those that wait, next first."""
+    running = select(Request).where(RUNNING).order_by(Request.id).limit(limit)
+    line = (Request.priority.desc(), Request.start_tag, Request.id)
+    queued = select(Request).where(QUEUED).order_by(*line).limit(limit)
+    async with database.reading() as session:
+        begun, waiting = list(await session.scalars(running)), list(await session.scalars(queued))
+    return [_request_row(job) for job in begun], [_request_row(job) for job in waiting]
+
+
+def _request_row(job: Request) -> RequestRow:
+    return RequestRow(
+        **{name: getattr(job, name) for name in RequestRow.model_fields if hasattr(job, name)},
+        prompt=None if job.sensitive else job.description,
+        num_images=job.images,
+    )
+
+
+async def usage(database: Database, from_day: date | None, to_day: date | None, by: UsageBy) -> UsageReport:
+    """Sums the ledger up, by user, day or model, from one day (UTC) to another, both included; the last 30 without.
+
+    Nobody knows the model of a request that was erased.
 
     Raises:
         InvalidRequest: the days stand in the wrong order.
@@ -131,16 +162,19 @@ async def usage(
     begin = datetime.combine(first, time(), UTC)
     end = datetime.combine(last, time.max, UTC)
     utc = Usage.created_at if database.is_sqlite else func.timezone("UTC", Usage.created_at)
-    of = Usage.user_id if by == "user" else func.date(utc)
+    of = {"user": Usage.user_id, "day": func.date(utc), "model": Request.model_id}[by]
     sums = [func.sum(column) for column in (Usage.images, Usage.steps, Usage.seconds, Usage.cost)]
     totals = select(of, func.count(), *sums).where(Usage.created_at >= begin, Usage.created_at <= end).group_by(of)
-    order = func.sum(Usage.steps).desc() if by == "user" else of
+    if by == "model":
+        totals = totals.join_from(Usage, Request, Request.id == Usage.request_id, isouter=True)
+    order = of if by == "day" else func.sum(Usage.steps).desc()
     async with database.reading() as session:
         found = (await session.execute(totals.order_by(order, of).limit(USAGE_ROWS))).all()
     rows = [
         UsageRow(
             user_id=key if by == "user" else None,
             day=date.fromisoformat(str(key)) if by == "day" else None,
+            model_id=key if by == "model" else None,
             requests=requests,
             images=images,
             steps=steps,
@@ -152,9 +186,23 @@ async def usage(
     return UsageReport(from_day=first, to_day=last, rows=rows)
 
 
-async def list_audit(database: Database, before: int | None, limit: int) -> AuditPage:
-    """Returns lines of the audit, newest first, those before number `before`."""
+async def list_audit(
+    database: Database, before: int | None, limit: int, actor: str | None = None, action: str | None = None
+) -> AuditPage:
+    """Returns lines of the audit, newest first, those before number `before`.
+
+    Args:
+        database: where it is.
+        before: None begins with the last.
+        limit: most of them.
+        actor: who did it; None is anybody.
+        action: how what was done begins, `key` say.
+    """
     wanted = select(Audit).order_by(Audit.seq.desc()).limit(limit)
+    if actor is not None:
+        wanted = wanted.where(Audit.actor == actor)
+    if action is not None:
+        wanted = wanted.where(Audit.action.startswith(action, autoescape=True))
     if before is not None:
         wanted = wanted.where(Audit.seq < before)
     async with database.reading() as session:

@@ -53,6 +53,14 @@ class Readiness:
         stopping = ["the server is stopping"] if self._worker.draining else []
         return stopping + [reason for reason in found if reason is not None]
 
+    async def free_bytes(self) -> int | None:
+        """Returns how much room the disk of the pictures has; None where it does not say."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                return await self._on_thread(self._pictures.free_bytes)
+        except (TimeoutError, OSError):
+            return None
+
     async def _of_database(self) -> str | None:
         try:
             async with self._database.reading() as session:

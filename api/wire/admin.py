@@ -93,12 +93,17 @@ class RequestRow(BaseModel):
 
     id: str = Field(description="Names the job.", examples=["019a9f3c2d10b1946ac93f21d07e"])
     user_id: str = Field(description="Whose.", examples=["ada"])
+    kind: Literal["draw", "train"] = Field(description="Whether it draws, or trains a model.", examples=["draw"])
     status: Status = Field(description="How far it is.", examples=["succeeded"])
     prompt: str | None = Field(description="What is drawn; null when it is sensitive.", examples=["sks person"])
     sensitive: bool = Field(description="Whether the prompt is kept encrypted.", examples=[False])
     model_id: str = Field(description="The model.", examples=["models/sitters/ada"])
     num_images: int = Field(description="Pictures asked for.", examples=[1])
     steps: int = Field(description="Denoising steps of them all.", examples=[30])
+    phase: str | None = Field(description="While it runs: what it is at.", examples=["drawing"])
+    step: int = Field(description="Steps done.", examples=[12])
+    step_count: int = Field(description="Of how many, one picture's; 0 until they begin.", examples=[30])
+    cancel_requested: bool = Field(description="Whether it was asked to stop.", examples=[False])
     priority: int = Field(description="Larger goes first.", examples=[0])
     attempt: int = Field(description="Times it was begun.", examples=[1])
     worker: str | None = Field(description="Who draws it, or drew it last.", examples=["host:4711"])
@@ -117,10 +122,13 @@ class RequestPage(BaseModel):
 
 
 class UsageRow(BaseModel):
-    """What a user used, or what was used on a day."""
+    """What a user used, or what was used on a day, or of a model."""
 
     user_id: str | None = Field(description="Who, with `by=user`.", examples=["ada"])
     day: date | None = Field(description="When (UTC), with `by=day`.", examples=[None])
+    model_id: str | None = Field(
+        description="Which, with `by=model`; null for requests that were erased.", examples=[None]
+    )
     requests: int = Field(description="Requests that were drawn.", examples=[12])
     images: int = Field(description="Pictures.", examples=[20])
     steps: int = Field(description="Denoising steps.", examples=[600])
@@ -159,3 +167,6 @@ class SettingsInForce(BaseModel):
     """The settings in force, secrets masked."""
 
     settings: dict[str, Any] = Field(description="By name.", examples=[{"PORT": 8000, "HF_TOKEN": "**********"}])
+    origins: dict[str, str] = Field(
+        description="Where each was read that does not have its default.", examples=[{"PORT": "the environment"}]
+    )

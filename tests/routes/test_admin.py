@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from api.domain.admin import settings_in_force
 from api.store.database import Database
-from api.store.tables import Usage, new_id
+from api.store.tables import Request, Usage, id_at, new_id
 from tests import builders, people, rows
 from tests.jobs import enqueue, look, taken
 from tests.people import PASSWORD
@@ -153,12 +153,41 @@ async def test_everybodys_requests(root: httpx2.AsyncClient, database: Database)
     assert pages == [[made[2].id, made[1].id], [made[0].id]]
 
 
+async def test_requests_are_found_by_words_and_days(root: httpx2.AsyncClient, database: Database) -> None:
+    def made(day: int, prompt: str, **fields: Any) -> Request:
+        at = datetime(2026, 1, day, 23, 59, 59, tzinfo=UTC)
+        return rows.request("ada", id=id_at(at) + "f" * 16, description=prompt, created_at=at, **fields)
+
+    await add(
+        database,
+        rows.user("ada"),
+        made(1, "A castle, 50% of it"),
+        made(2, "a knight in a CASTLE"),
+        made(3, "a castle nobody reads", sensitive=True),
+    )
+
+    async def found(query: str) -> list[int]:
+        return [int(one["created_at"][8:10]) for one in (await got(root, f"/admin/requests?{query}"))["requests"]]
+
+    assert await found("words=castle") == [2, 1]
+    assert await found("words=knight+castle") == [2]
+    assert await found("words=50%25") == [1]
+    assert await found("words=nobody") == []
+    assert await found("from=2026-01-02") == [3, 2]
+    assert await found("to=2026-01-02") == [2, 1]
+    assert await found("from=2026-01-02&to=2026-01-02&words=castle&user=ada") == [2]
+    assert await found("from=0001-01-01&to=9999-12-31") == [3, 2, 1]
+    assert (await root.get("/admin/requests?words=a%00b")).status_code == 422
+
+
 async def test_usage_by_user_and_by_day(root: httpx2.AsyncClient, database: Database) -> None:
     today = datetime.now(UTC).replace(hour=23, minute=59, second=59)
+    await add(database, rows.user("ada"), rows.request("ada", id="a" * 28, model_id="ada/ada@1"))
     days = {"today": today, "early": today.replace(hour=0, minute=0), "before": today - timedelta(days=1)}
 
     def used(user_id: str, when: str, images: int, steps: int) -> Usage:
-        row = {"request_id": new_id(), "user_id": user_id, "work": 1, "seconds": 0.5, "cost": 0.01}
+        known = "a" * 28 if images == 1 else new_id()
+        row = {"request_id": known, "user_id": user_id, "work": 1, "seconds": 0.5, "cost": 0.01}
         return Usage(**row, images=images, steps=steps, created_at=days[when])
 
     await add(
@@ -179,6 +208,8 @@ async def test_usage_by_user_and_by_day(root: httpx2.AsyncClient, database: Data
     report = await got(root, "/admin/usage?by=day")
     yesterday, this_day = (today - timedelta(days=1)).date().isoformat(), today.date().isoformat()
     assert [(row["day"], row["images"]) for row in report["rows"]] == [(yesterday, 2), (this_day, 5)]
+    models = (await got(root, "/admin/usage?by=model"))["rows"]
+    assert [(row["model_id"], row["images"]) for row in models] == [(None, 6), ("ada/ada@1", 1)]
     assert (await got(root, f"/admin/usage?from={this_day}"))["rows"][-1]["images"] == 1
     only = await got(root, f"/admin/usage?from={yesterday}&to={yesterday}")
     assert [row["steps"] for row in only["rows"]] == [60]
@@ -202,6 +233,9 @@ async def test_the_audit_comes_in_pages(root: httpx2.AsyncClient, database: Data
     ]
     assert [line["seq"] for line in lines] == [5, 4, 3, 2, 1]
     assert second["before"] is None
+    assert len((await got(root, "/admin/audit?actor=test&action=user"))["lines"]) == 4
+    assert [line["seq"] for line in (await got(root, "/admin/audit?action=key"))["lines"]] == [2]
+    assert (await got(root, "/admin/audit?actor=nobody"))["lines"] == []
     for wrong in ("0", "99999999999999999999", "x"):
         assert (await root.get(f"/admin/audit?before={wrong}")).status_code == 422
 
