@@ -47,13 +47,13 @@ lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/setup.stamp ## measure; writes docs/benchmarks.md
+bench: $(VENV)/dev.stamp ## measure; writes docs/benchmarks.md
 	$(BIN)/python -m bench $(ARGS)
 
-bench-engine: $(VENV)/setup.stamp ## compare with other ways of serving many users' models; a quarter of an hour
+bench-engine: $(VENV)/dev.stamp ## compare with other ways of serving many users' models; a quarter of an hour
 	$(BIN)/python -m bench engine $(ARGS)
 
-bench-train: $(VENV)/setup.stamp ## train ten people never seen, and judge them; a quarter of an hour
+bench-train: $(VENV)/dev.stamp ## train ten people never seen, and judge them; a quarter of an hour
 	$(BIN)/python -m bench train $(ARGS)
 
 bench-gpu: $(VENV)/setup.stamp ## measure on a GPU, with random weights of Stable Diffusion 1.5's size; eight minutes

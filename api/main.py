@@ -39,6 +39,7 @@ from api.routes.errors import add_error_handlers, error_responses
 from api.routes.guard import add_guard
 from api.routes.limits import BodyLimit
 from api.routes.observed import Observed
+from api.routes.pages import add_pages
 from api.store.files import PictureFolder
 from api.wiring import MakeModels, Service, migrate_database, open_service, working
 
@@ -88,6 +89,7 @@ def create_app(settings: Settings, make_models: MakeModels = ModelService) -> Fa
     ):
         app.include_router(room.router)
     add_docs(app)
+    add_pages(app)
     add_guard(app, settings)
     app.add_middleware(Observed, metrics=counters)  # last, so that it sees every answer
     return app

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from api.config import ROOT
-from bench import attention, drawing, engine, jobs, loading, model, sd15, start, train
+from bench import attention, drawing, engine, jobs, loading, model, pages, sd15, start, train
 from bench.figures import Figure, page, quiet
 
 BENCHES = {
@@ -13,6 +13,7 @@ BENCHES = {
     "drawing": ("Drawing", drawing.figures),
     "engine": ("Many users' models over one base", engine.figures),
     "jobs": ("Jobs", jobs.figures),
+    "pages": ("The pages", pages.figures),
     "train": ("Training sitters", train.figures),
     "model": ("The bundled model", model.figures),
     "sd15": ("Stable Diffusion 1.5 on a CPU", sd15.figures),

@@ -109,14 +109,15 @@ async def _serving(queued: int, workers: int) -> AsyncIterator[httpx2.AsyncClien
         server = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.jobs", name, str(workers), port)
         try:
             async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                await _until_it_answers(client)
+                await until_it_answers(client)
                 yield client
         finally:
             server.terminate()
             await server.wait()
 
 
-async def _until_it_answers(client: httpx2.AsyncClient) -> None:
+async def until_it_answers(client: httpx2.AsyncClient) -> None:
+    """Returns once the server behind `client` listens; after a minute it raises TimeoutError."""
     async with asyncio.timeout(60):
         while True:
             try:

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "api/web/static/docs"
+VENDORED = [ROOT / "api/web/static" / name for name in ("docs", "vendor")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -49,21 +49,31 @@ def test_the_lock_leaves_cuda_and_torchvision_out(lock: dict[str, str]) -> None:
     assert not [name for name in lock if name.startswith(("nvidia", "cuda", "triton", "torchvision"))]
 
 
-def vendored() -> dict[str, str]:
-    """The file names and checksums of README.md's table."""
-    return dict(re.findall(r"^\| (\S+) \|.*\| ([0-9a-f]{64}) \|$", (DOCS / "README.md").read_text(), re.MULTILINE))
+def vendored() -> dict[Path, str]:
+    """The files and checksums of the tables in each README.md."""
+    return {
+        folder / name: sha256
+        for folder in VENDORED
+        for name, sha256 in re.findall(
+            r"^\| (\S+) \|.*\| ([0-9a-f]{64}) \|$", (folder / "README.md").read_text(), re.MULTILINE
+        )
+    }
 
 
-def test_vendored_docs_are_listed() -> None:
-    present = {file.name for file in DOCS.iterdir() if not re.search(r"LICENSE|NOTICE|README", file.name)}
+def test_vendored_files_are_listed() -> None:
+    present = {
+        file for folder in VENDORED for file in folder.iterdir() if not re.search(r"LICENSE|NOTICE|README", file.name)
+    }
     assert present == set(vendored())
 
 
-@pytest.mark.parametrize(("name", "sha256"), vendored().items())
-def test_vendored_docs_are_verbatim(name: str, sha256: str) -> None:
-    assert hashlib.sha256((DOCS / name).read_bytes()).hexdigest() == sha256
+@pytest.mark.parametrize(("file", "sha256"), vendored().items())
+def test_vendored_files_are_verbatim(file: Path, sha256: str) -> None:
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == sha256
 
 
-@pytest.mark.parametrize("name", ["swagger-ui.LICENSE", "swagger-ui.NOTICE", "redoc.LICENSE"])
-def test_vendored_docs_carry_their_licence(name: str) -> None:
-    assert (DOCS / name).stat().st_size > 0
+@pytest.mark.parametrize(
+    "name", ["docs/swagger-ui.LICENSE", "docs/swagger-ui.NOTICE", "docs/redoc.LICENSE", "vendor/htmx.LICENSE"]
+)
+def test_vendored_files_carry_their_licence(name: str) -> None:
+    assert (VENDORED[0].parent / name).stat().st_size > 0

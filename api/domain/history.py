@@ -1,7 +1,8 @@
 """Looking at jobs: one, a page of them, where one stands in the queue, and waiting for its end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import BindParameter, FromClause, Select, and_, bindparam, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -11,11 +12,12 @@ from api.domain.jobs import QUEUED, RUNNING
 from api.domain.wake import Wake
 from api.errors import NotFound
 from api.store.database import Database
-from api.store.tables import Image, Request, Status, Usage, now
+from api.store.tables import Image, ModelVersion, Request, Status, Usage, now
 
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 POLL_SECONDS = 1.0  # how often a job of another process is looked at
 FARTHEST = 500  # places in the queue that are told
+LAST = 2**62  # a start tag behind every other
 RECENT = 20  # jobs whose pace an estimate is made from
 
 
@@ -59,7 +61,13 @@ async def _seen(session: AsyncSession, job: Request) -> Seen:
 
 
 async def page(
-    database: Database, caller: Caller, user_id: str | None, status: Status | None, before: str | None, limit: int
+    database: Database,
+    caller: Caller,
+    user_id: str | None,
+    status: Status | None,
+    before: str | None,
+    limit: int,
+    kind: Literal["draw", "train"] | None = None,
 ) -> list[Seen]:
     """Returns up to `limit` jobs older than `before` that the caller may see, newest first, without their places."""
     wanted = select(Request).order_by(Request.id.desc()).limit(limit)
@@ -68,14 +76,20 @@ async def page(
         wanted = wanted.where(Request.user_id == owner)
     if status is not None:
         wanted = wanted.where(Request.status == status)
+    if kind is not None:
+        wanted = wanted.where(Request.kind == kind)
     if before is not None:
         wanted = wanted.where(Request.id < before)
     async with database.reading() as session:
-        jobs = list(await session.scalars(wanted))
-        of_them = select(Image).where(Image.request_id.in_([job.id for job in jobs])).order_by(Image.position)
-        images: dict[str, list[Image]] = {}
-        for image in await session.scalars(of_them):
-            images.setdefault(image.request_id, []).append(image)
+        return await with_images(session, list(await session.scalars(wanted)))
+
+
+async def with_images(session: AsyncSession, jobs: Sequence[Request]) -> list[Seen]:
+    """Returns jobs with their pictures, without their places."""
+    of_them = select(Image).where(Image.request_id.in_([job.id for job in jobs])).order_by(Image.position)
+    images: dict[str, list[Image]] = {}
+    for image in await session.scalars(of_them):
+        images.setdefault(image.request_id, []).append(image)
     return [Seen(job, images.get(job.id, []), None, None) for job in jobs]
 
 
@@ -149,6 +163,17 @@ async def _line(session: AsyncSession, job: Request) -> _Line:
     return _Line(count + 1, int(before or 0) + int(begun or 0), _pace(seconds, work))
 
 
+async def expected_seconds(database: Database, work: int) -> float | None:
+    """Returns how long a drawing of so much work would take if it were asked for now; None when nobody knows."""
+    last = {"priority": 0, "start_tag": LAST, "id": "", "kind": "draw"}
+    async with database.reading() as session:
+        seconds, spent, count, before, begun = (await session.execute(LINE_BEFORE, last)).one()
+    pace = _pace(seconds, spent)
+    if pace is None or count > FARTHEST:
+        return None
+    return (int(before or 0) + int(begun or 0) + work) * pace
+
+
 def _pace(seconds: float | None, work: int | None) -> float | None:
     return float(seconds) / float(work) if seconds is not None and work else None
 
@@ -169,3 +194,18 @@ def _eta_of_training(job: Request) -> float | None:
     if job.started_at is None or not job.step:
         return None
     return round((now() - job.started_at).total_seconds() / job.step * (job.step_count - job.step), 1)
+
+
+async def expected_training_seconds(database: Database, steps: int | None) -> float | None:
+    """Returns how long a training takes once it begins, by the last ones; None before the first.
+
+    Args:
+        database: where their versions are.
+        steps: of the training; as many as the last one had.
+    """
+    trained = select(ModelVersion.parameters).where(ModelVersion.request_id.is_not(None))
+    async with database.reading() as session:
+        last = list(await session.scalars(trained.order_by(ModelVersion.id.desc()).limit(RECENT)))
+    if not last:
+        return None
+    return float(sum(one["seconds"] for one in last) / sum(one["steps"] for one in last) * (steps or last[0]["steps"]))

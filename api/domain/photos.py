@@ -154,9 +154,12 @@ def _is_litter(name: str) -> bool:
     return parts[0] == "__MACOSX" or parts[-1].startswith(".") or parts[-1] in ("Thumbs.db", "desktop.ini")
 
 
-def examine(photos: Iterable[bytes]) -> Iterator[Verdict]:
-    """Yields a verdict on each photo, before it takes the next. Of those that are alike the first is good."""
-    good = list[Photo]()
+def examine(photos: Iterable[bytes], known: Sequence[Photo] = ()) -> Iterator[Verdict]:
+    """Yields a verdict on each photo, before it takes the next. Of those that are alike the first is good.
+
+    What is like one of those that are `known` to be good, whose pixels nobody needs, is not.
+    """
+    good = list(known)
     for content in photos:
         verdict = _examine_one(content)
         if verdict.photo is not None and (twin := _like(verdict.photo, good)):

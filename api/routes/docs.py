@@ -1,13 +1,9 @@
-"""GET /docs and /redoc from files of our own: they work with the network cable out. GET / leads there."""
-
-from pathlib import Path
+"""GET /docs and /redoc from files of our own: they work with the network cable out."""
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
-from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import HTMLResponse
 
-ASSETS = Path(__file__).resolve().parent.parent / "web" / "static" / "docs"
 URL = "/static/docs"
 
 # Redoc's bundle asks a CDN for its logo and has no option against it; this keeps the pages to our own host.
@@ -20,15 +16,8 @@ router = APIRouter(include_in_schema=False)
 
 
 def add_docs(app: FastAPI) -> None:
-    """Serves the pages and their assets from `app`."""
+    """Serves the pages from `app`; their assets are among the pages' own."""
     app.include_router(router)
-    app.mount(URL, StaticFiles(directory=ASSETS), name="docs-assets")
-
-
-@router.get("/")
-async def home() -> RedirectResponse:
-    """The way to what there is."""
-    return RedirectResponse("/docs")
 
 
 @router.get("/docs")

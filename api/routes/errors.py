@@ -60,11 +60,16 @@ async def _schema(_: Request, error: Exception) -> JSONResponse:
         return error_answer(
             InvalidRequest("the body is not a JSON object", 'Send {"prompt": "…"} as application/json.')
         )
-    # The input itself is not repeated: it may be a prompt, or not even text.
+    return error_answer(InvalidRequest(sentence_of(error)))
+
+
+def sentence_of(error: RequestValidationError) -> str:
+    """Returns what is wrong first, and where; the input itself is not repeated: it may be a prompt, or no text."""
+    first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     message = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
     message = message.removeprefix("Value error, ")
-    return error_answer(InvalidRequest(f"{place}: {message}" if place else message))
+    return f"{place}: {message}" if place else message
 
 
 async def _http(_: Request, error: Exception) -> JSONResponse:

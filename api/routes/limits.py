@@ -12,7 +12,13 @@ from api.routes.errors import error_answer
 MAX_BODY_BYTES = 1_000_000
 BODY_SECONDS = 20.0
 # Bytes of the bodies that routes read piece by piece themselves.
-UPLOADS = {"/trainings": 420_000_000, "/models": 8_100_000_000}
+UPLOADS = {
+    "/trainings": 420_000_000,
+    "/models": 8_100_000_000,
+    "/page/dropped": 20_100_000,
+    "/people/new": 420_000_000,
+    "/page/people/look": 21_000_000,
+}
 PIECES, PIECE_BYTES = "/uploads/", 8_100_000_000  # of PATCH: an upload goes on later, so that silence ends one soon
 BYTES_PER_SECOND = 20_000  # that an upload brings at least, after its first seconds
 

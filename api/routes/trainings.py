@@ -9,6 +9,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData
 
 from api.domain import history, photos, trainings
+from api.domain.accounts import Caller
+from api.domain.history import Seen
 from api.domain.models import base_named
 from api.domain.photos import MOST_BYTES, MOST_FILES
 from api.domain.policy import STATEMENT, STATEMENTS
@@ -24,11 +26,12 @@ from api.routes.repeat import IdempotencyKey
 from api.routes.service import ServiceDep
 from api.wire.jobs import Job
 from api.wire.models import Statement, TrainingRequest
+from api.wiring import Service
 
 router = APIRouter(prefix="/trainings", tags=["Models"])
 
 PICTURES, ARCHIVE = "pictures", "archive"
-_one_at_a_time = CapacityLimiter(1)  # a photo is up to 52 MB while it is looked at
+one_at_a_time = CapacityLimiter(1)  # a photo is up to 52 MB while it is looked at
 
 
 PHOTOS: dict[str, Any] = {
@@ -51,19 +54,33 @@ async def make_training(
     """Accepts a training: a job that is followed as every other, and ends with a version that draws."""
     async with forms.opened(http, MOST_FILES) as form:
         request = forms.read(form, TrainingRequest, PICTURES, ARCHIVE)
-        user_id = caller.acts_for(request.user_id)
-        if request.webhook_url is not None:
-            check_webhook_url(request.webhook_url, service.settings)
-        await service.pictures.require_room()
-        base = base_named(service.settings, request.base, user_id)
-        with service.folder.collecting() as place:
-            chosen = await anyio.to_thread.run_sync(photos.choose, _files(form), place, limiter=_one_at_a_time)
-            chosen.require_enough()
-            order = TrainingOrder.of(request, user_id, chosen, base, caller.name, idempotency_key)
-            job = await trainings.submit(service.settings, service.database, service.vault, service.folder, order)
+        seen = await accept(request, form, service, caller, idempotency_key)
+    response.headers["Location"] = f"/jobs/{seen.job.id}"
+    return describe(seen, service, caller)
+
+
+async def accept(
+    request: TrainingRequest, form: FormData, service: Service, caller: Caller, idempotency_key: str | None
+) -> Seen:
+    """Accepts a training, with the pictures of a form, for whoever it may be made for; returns its job.
+
+    Raises:
+        Forbidden: the caller may not ask for this.
+        InvalidRequest: too few pictures are good.
+        SitterError: see `trainings.submit`.
+    """
+    user_id = caller.acts_for(request.user_id)
+    if request.webhook_url is not None:
+        check_webhook_url(request.webhook_url, service.settings)
+    await service.pictures.require_room()
+    base = base_named(service.settings, request.base, user_id)
+    with service.folder.collecting() as place:
+        chosen = await anyio.to_thread.run_sync(photos.choose, _files(form), place, limiter=one_at_a_time)
+        chosen.require_enough()
+        order = TrainingOrder.of(request, user_id, chosen, base, caller.name, idempotency_key)
+        job = await trainings.submit(service.settings, service.database, service.vault, service.folder, order)
     service.wake.wake(Wake.QUEUE)
-    response.headers["Location"] = f"/jobs/{job.id}"
-    return describe(await history.look(service.database, job), service, caller)
+    return await history.look(service.database, job)
 
 
 @router.get("/consent", summary="What is agreed to when a model is trained", responses=error_responses(401, 403))
