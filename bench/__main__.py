@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from api.config import ROOT
-from bench import attention, drawing, engine, jobs, loading, model, pages, sd15, start, train
+from bench import attention, canary, drawing, engine, jobs, loading, model, pages, sd15, start, train
 from bench.figures import Figure, page, quiet
 
 BENCHES = {
@@ -12,6 +12,7 @@ BENCHES = {
     "loading": ("Loading models", loading.figures),
     "drawing": ("Drawing", drawing.figures),
     "engine": ("Many users' models over one base", engine.figures),
+    "canary": ("Whose model draws", canary.figures),
     "jobs": ("Jobs", jobs.figures),
     "pages": ("The pages", pages.figures),
     "train": ("Training sitters", train.figures),

@@ -5,7 +5,6 @@
 
 import os
 import random
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from api.engine.batch import Batch
 from api.errors import BadPicture, Cancelled
-from tests import crowd
+from tests.canary import EVERYBODY, MOST_ROWS, SAMPLERS, SLOTS, THREADS, USERS, crowded, watch
 from tests.crowd import NOBODY, Crowd, Wish
 
 pytestmark = pytest.mark.slow
@@ -25,18 +24,12 @@ pytestmark = pytest.mark.slow
 SCALE = int(os.environ.get("CHURN_SCALE", "1"))  # of all that is drawn
 TASKS = 200 * SCALE
 ROWS = 500 * SCALE
-SLOTS = 5
-MOST_ROWS = 12
-THREADS = 32  # more than a step has room for
 TOLERANCE = 1e-3  # of latents; they reach 100, and float32 tells 1e-5 apart there
-USERS = {f"user{number}": random.Random(number).choice((4, 7, 8, 16, 33, 64)) for number in range(16)}
-SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "unipc")
 
 
 @pytest.fixture(scope="module")
 def users() -> Crowd:
-    base = crowd.base(SLOTS)
-    return Crowd(base, crowd.adapters(base, USERS))
+    return crowded()
 
 
 @pytest.fixture
@@ -128,64 +121,14 @@ def test_everybody_gets_what_they_get_alone(users: Crowd, batch: Batch, capsys: 
     assert users.base.unet._users.total() == 0, "a slot was not released"
 
 
-CANARY_USERS = [NOBODY, *USERS]
-TIMES = [(scheduler, steps) for scheduler in SAMPLERS for steps in (2, 3)]
-
-
 def test_no_row_is_drawn_with_anothers_model(users: Crowd, batch: Batch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same words and noise for everybody: only whose model it is differs, and that by far."""
-
-    def wish(user: str, time: tuple[str, int]) -> Wish:
-        return Wish(user, scheduler=time[0], steps=time[1], guidance_scale=1.0)
-
-    alone = {time: torch.cat([users.alone(wish(user, time)) for user in CANARY_USERS]) for time in TIMES}
-    nearest_others = min(
-        float(distances(one, every).topk(2, largest=False).values[1]) for every in alone.values() for one in every
-    )
-    assert nearest_others > 100 * TOLERANCE
-    chance = random.Random(SCALE)
-    plan = [(chance.randrange(len(CANARY_USERS)), chance.choice(TIMES)) for _ in range(ROWS)]
-    stop = threading.Event()
-
-    def delete_models() -> int:
-        """As users do who put up another: whatever slot it has is erased, and filled anew for the next row."""
-        which, deleted = random.Random(0), 0
-        while not stop.wait(0.02):
-            users.base.drop(users.adapters[which.choice(list(USERS))])
-            deleted += 1
-        return deleted
-
-    def leave(done: int, latents: Tensor) -> None:
-        raise Cancelled("it was cancelled")
-
-    def row(number: int) -> Tensor:
-        user, time = plan[number]
-        if number % 9 == 0:  # somebody else comes, and leaves
-            with pytest.raises(Cancelled):
-                batch.draw(users.task(wish(CANARY_USERS[number % len(CANARY_USERS)], time), leave))
-        return batch.draw(users.task(wish(CANARY_USERS[user], time)))
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        deleting = threads.submit(delete_models)
-        try:
-            rows = list(threads.map(row, range(ROWS)))
-        finally:
-            stop.set()
-        assert deleting.result() > 0
-    crossovers, worst = 0, 0.0
-    for (user, time), latents in zip(plan, rows, strict=True):
-        error = distances(latents[0], alone[time])
-        crossovers += int(error.argmin()) != user
-        worst = max(worst, float(error[user]))
+    seen = watch(users, batch, ROWS, seed=SCALE)
     with capsys.disabled():
         print(
-            f"\n{ROWS} rows of {len(CANARY_USERS)} users in {SLOTS} slots: {crossovers} crossovers, max latent error "
-            f"{worst:.1e}, to the nearest other user {nearest_others:.2f}"
+            f"\n{ROWS} rows of {len(EVERYBODY)} users in {SLOTS} slots: {seen.crossovers} crossovers, max latent error "
+            f"{seen.worst:.1e}, to the nearest other user {seen.nearest_others:.2f}"
         )
-    assert crossovers == 0
-    assert worst <= TOLERANCE
-
-
-def distances(one: Tensor, every: Tensor) -> Tensor:
-    """The largest difference of `one` (channels, height, width) to each of `every`."""
-    return (every - one).abs().flatten(1).amax(1)
+    assert seen.nearest_others > 100 * TOLERANCE
+    assert seen.deleted > 0
+    assert seen.crossovers == 0
+    assert seen.worst <= TOLERANCE
