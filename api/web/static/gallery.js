@@ -231,7 +231,8 @@
     const name = button?.name || "board";
     const value = button?.name ? button.value : sent.querySelector("input[name=board]").value;
     const ids = sent === form() ? picked().map(id) : [sent.elements.ids.value];
-    act(new URL(button?.formAction ?? sent.action).pathname, ids, name, value);
+    const action = button?.hasAttribute("formaction") ? button.formAction : sent.action; // else it is the page's own
+    act(new URL(action).pathname, ids, name, value);
     if (!button?.name) sent.querySelector("input[name=board]").value = "";
   });
 
