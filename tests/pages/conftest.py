@@ -10,7 +10,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from tests.e2e.server import Server
 from tests.people import PASSWORD
@@ -19,6 +19,7 @@ AXE = Path(__file__).with_name("axe.min.js")
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 SERIOUS = {"serious", "critical"}
+PATIENCE = 180_000.0  # milliseconds until something that never happens fails a test, on a machine that is busy
 SIZES = {"laptop": (1280, 860), "phone": (390, 844)}
 
 
@@ -27,6 +28,7 @@ def browser() -> Iterator[Browser]:
     """Debian's Chromium; `.ci/run` installs it. Not for the session: its driver holds the event loop of other tests."""
     if CHROMIUM is None:
         pytest.fail("Chromium is not installed (Debian: apt install chromium)")
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as driver:
         launched = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield launched
@@ -114,6 +116,7 @@ def visits(browser: Browser, studio: Server) -> Visits:
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce", **options
         )
+        context.set_default_timeout(PATIENCE)
         visit = Visit(context.new_page(), f"http://127.0.0.1:{server.port}")
         _listen(visit)
         try:

@@ -20,7 +20,7 @@ def test_type_watch_it_appear_keep_it(visits: Visits, size: str, dark: bool) -> 
         page.keyboard.press("Control+Enter")
         card = page.locator(".live").first
         expect(card).to_contain_text(PROMPT)
-        expect(card.get_by_text("Done")).to_be_visible(timeout=60_000)
+        expect(card.get_by_text("Done")).to_be_visible()
         picture = card.get_by_alt_text(PROMPT)
         expect(picture).to_be_visible()
         assert picture.evaluate("image => image.naturalWidth") == 512
@@ -35,7 +35,7 @@ def test_a_double_click_draws_once(visits: Visits) -> None:
         prompt = "photo of a person on a beach, twice clicked"
         page.get_by_label("What to draw").fill(prompt)
         page.get_by_role("button", name="Draw").dblclick()
-        expect(page.locator(".live", has_text=prompt).get_by_text("Done")).to_be_visible(timeout=60_000)
+        expect(page.locator(".live", has_text=prompt).get_by_text("Done")).to_be_visible()
         page.reload()
         expect(page.locator("#lately").get_by_alt_text(prompt)).to_have_count(1)
 
@@ -48,7 +48,7 @@ def test_cancel_acts_at_once(visits: Visits) -> None:
         page.get_by_role("button", name="Draw").click()
         card = page.locator(".live").first
         card.get_by_role("button", name="Cancel").click()
-        expect(card.get_by_text("Cancelled")).to_be_visible(timeout=20_000)
+        expect(card.get_by_text("Cancelled")).to_be_visible()
 
 
 def test_it_comes_back_after_a_reload(visits: Visits) -> None:
@@ -60,7 +60,7 @@ def test_it_comes_back_after_a_reload(visits: Visits) -> None:
         expect(page.locator(".live", has_text=prompt)).to_be_visible()
         page.reload()
         expect(page.locator(".live, .last, #lately").get_by_text(prompt).first).to_be_attached()
-        expect(page.locator("#lately").get_by_alt_text(prompt)).to_be_visible(timeout=60_000)
+        expect(page.locator("#lately").get_by_alt_text(prompt)).to_be_visible()
 
 
 def test_without_a_script_a_picture_is_drawn_and_seen(visits: Visits) -> None:
@@ -69,7 +69,7 @@ def test_without_a_script_a_picture_is_drawn_and_seen(visits: Visits) -> None:
         prompt = "photo of a person in a library, without a script"
         page.get_by_label("What to draw").fill(prompt)
         page.get_by_role("button", name="Draw").click()
-        expect(page.locator("#lately").get_by_alt_text(prompt)).to_be_visible(timeout=60_000)
+        expect(page.locator("#lately").get_by_alt_text(prompt)).to_be_visible()
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_prompts_are_text(visits: Visits, prompt: str) -> None:
         page.get_by_role("button", name="Draw").click()
         card = page.locator(".live").first
         expect(card.locator("h2")).to_have_text(prompt)
-        expect(card.get_by_text("Done")).to_be_visible(timeout=60_000)
+        expect(card.get_by_text("Done")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -52,7 +52,7 @@ def test_a_png_of_another_program_is_dropped(visits: Visits, studio: Server, siz
         page.get_by_role("button", name="Draw").click()
         card = page.locator(".live").first
         expect(card.locator("h2")).to_have_text("a <b>knight</b>, oil")
-        expect(card.get_by_text("Done")).to_be_visible(timeout=60_000)
+        expect(card.get_by_text("Done")).to_be_visible()
 
 
 def test_our_own_png_is_chosen_with_the_keyboard(visits: Visits, studio: Server) -> None:

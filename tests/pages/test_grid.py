@@ -31,7 +31,7 @@ def test_a_grid_is_drawn_and_watched(visits: Visits, studio: Server, size: str, 
         expect(page.get_by_role("heading", level=1)).to_have_text("photo of sks person as a knight")
         expect(page.get_by_role("columnheader")).to_have_text(["1", "2"])
         expect(page.get_by_role("rowheader")).to_have_text(["Ada", "Chi"])
-        expect(page.locator(".cell a img")).to_have_count(4, timeout=60_000)
+        expect(page.locator(".cell a img")).to_have_count(4)
         expect(page.locator("#sum")).to_contain_text("of 4 pictures")
         expect(page.get_by_role("button", name="Cancel all")).to_have_count(0)
         expect(page.get_by_alt_text("Steps: 2, Who: Chi")).to_be_visible()
@@ -55,7 +55,7 @@ def test_a_grid_is_cancelled(visits: Visits, studio: Server) -> None:
         page.get_by_label("Steps", exact=False).first.fill("150")
         page.get_by_role("button", name="Draw the grid").click()
         page.get_by_role("button", name="Cancel all").click()
-        expect(page.get_by_text("Cancelled")).to_have_count(3, timeout=30_000)
+        expect(page.get_by_text("Cancelled")).to_have_count(3)
 
 
 def test_what_does_not_fit_is_told_where_it_is_filled_in(visits: Visits, studio: Server) -> None:
@@ -85,4 +85,4 @@ def test_without_a_script_a_grid_is_drawn(visits: Visits) -> None:
         page = visit.go("/grid")
         fill(page, "photo of sks person in an office", "num_inference_steps", "1, 2", "", "")
         page.get_by_role("button", name="Draw the grid").click()
-        expect(page.locator(".cell a img")).to_have_count(2, timeout=60_000)
+        expect(page.locator(".cell a img")).to_have_count(2)

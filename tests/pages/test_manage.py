@@ -228,7 +228,7 @@ def test_memory_is_shown_and_freed(visits: Visits) -> None:
         page.get_by_label("What to draw").fill("photo of a person in a garden")
         page.get_by_label("Steps", exact=False).fill("2")
         page.get_by_role("button", name="Draw").click()
-        expect(page.locator(".live").first.get_by_text("Done")).to_be_visible(timeout=60_000)
+        expect(page.locator(".live").first.get_by_text("Done")).to_be_visible()
         visit.go("/manage/models")
         expect(page.get_by_role("row", name="models/")).not_to_have_count(0)
         visit.check()

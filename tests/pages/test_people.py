@@ -35,7 +35,7 @@ def fill(page: Page, name: str, files: Sequence[Path] = EVE[:4], **more: Any) ->
 
 def press(page: Page) -> None:
     page.get_by_role("button", name="Train").click()
-    expect(page).to_have_url(re.compile("/people/training/"), timeout=60_000)
+    expect(page).to_have_url(re.compile("/people/training/"))
 
 
 @pytest.mark.parametrize("size", ["laptop", "phone"])
@@ -169,7 +169,7 @@ def test_a_training_is_stopped(visits: Visits, small: Server) -> None:
         expect(page.get_by_role("img", name="Loss from")).to_be_visible(timeout=TRAINED)
         assert sum(job["model_id"] == "default/gil" for job in small.get("/jobs")["jobs"]) == 1
         page.get_by_role("button", name="Cancel").click()
-        expect(page.get_by_text("Cancelled")).to_be_visible(timeout=20_000)
+        expect(page.get_by_text("Cancelled")).to_be_visible()
         page.get_by_role("link", name="Begin again").click()
         expect(page.get_by_label("Name")).to_have_value("gil")
 

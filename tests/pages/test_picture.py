@@ -65,12 +65,12 @@ def test_a_picture_is_drawn_again_and_varied(visits: Visits, studio: Server) -> 
         expect(page).to_have_url(f"{visit.url}/")
         card = page.locator(".live").first
         expect(card).to_contain_text("in a library, again")
-        expect(card.get_by_text("Done")).to_be_visible(timeout=60_000)
+        expect(card.get_by_text("Done")).to_be_visible()
         visit.go(f"/picture/{image}")
         page.get_by_text("Vary").click()
         page.get_by_role("button", name="Four seeds beside this one").click()
         expect(page).to_have_url(f"{visit.url}/")
-        expect(page.locator(".live").first.locator("img")).to_have_count(4, timeout=60_000)
+        expect(page.locator(".live").first.locator("img")).to_have_count(4)
 
 
 def test_a_deletion_is_undone_or_not(visits: Visits, studio: Server) -> None:

@@ -45,7 +45,7 @@ def test_the_printed_link_leads_to_the_first_picture(visits: Visits, tmp_path: P
         page.get_by_label("Password").fill(PASSWORD)
         page.get_by_role("button", name="Sign in").click()
         expect(page.get_by_label("What to draw")).to_have_value("what comes next")
-        expect(page.locator("#lately").get_by_alt_text(prompt)).to_be_visible(timeout=60_000)
+        expect(page.locator("#lately").get_by_alt_text(prompt)).to_be_visible()
         visit.wrong = [one for one in visit.wrong if "status of 401" not in one]  # of the stream, if it came back
 
 
