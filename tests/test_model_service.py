@@ -1,7 +1,6 @@
 import io
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -22,6 +21,7 @@ from api.engine.sources import FoundBase, count_values
 from api.errors import ModelUnavailable, OutOfMemory, ShuttingDown, UnsupportedSize
 from api.model_service import ModelService
 from tests import builders
+from tests.waiting import until
 
 WAIT = 60  # seconds until a lost thread fails the test
 DELTA_OFF = 6  # levels of 255: the factors of a delta are kept in float16
@@ -72,14 +72,6 @@ def difference(one: bytes, other: bytes) -> int:
     """The largest difference between two PNGs' values, 0 to 255."""
     pictures = [np.asarray(Image.open(io.BytesIO(png)), int) for png in (one, other)]
     return int(np.abs(pictures[0] - pictures[1]).max())
-
-
-def until(what: Callable[[], bool]) -> None:
-    """Returns once it is so: only the service knows what waits in it."""
-    deadline = time.monotonic() + WAIT
-    while not what():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 def tasks(service: ModelService) -> int:

@@ -49,8 +49,9 @@ def test_labels_are_written() -> None:
 
 @pytest.mark.parametrize("label", ["W" * 2000, "word " * 400, "a\n" * 300, "שלום 🧑‍🚀", "…", " "])
 def test_labels_stay_in_their_room(label: str) -> None:
-    plain = opened(sheet(("Steps",), ["1", "2"], ["3"], (64, 64), lambda *_: png("red", (64, 64))))
-    image = opened(sheet(("Steps",), [label, "2"], [label], (64, 64), lambda *_: png("red", (64, 64))))
+    size = (512, 512)
+    plain = opened(sheet(("Steps",), ["1", "2"], ["3"], size, lambda *_: png("red", size)))
+    image = opened(sheet(("Steps",), [label, "2"], [label], size, lambda *_: png("red", size)))
     assert image.width == plain.width
     assert image.height <= plain.height + 200
     left = 2 * GAP + LABEL_WIDTH

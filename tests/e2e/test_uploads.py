@@ -2,8 +2,6 @@
 
 import signal
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from api.config import ROOT
 from api.store.models import sha256
 from tests.e2e.server import PATIENCE_SECONDS, SITTER, Server
 from tests.hub import COMMIT, Hub
+from tests.waiting import until
 
 LORA = ROOT / "models/sitters/ada/pytorch_lora_weights.safetensors"
 WEIGHTS = LORA.read_bytes()
@@ -37,19 +36,12 @@ def offset(server: Server, where: str) -> int:
     return int(server.client.head(where, headers=TUS).raise_for_status().headers["Upload-Offset"])
 
 
-def eventually(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def half_sent(server: Server, where: str) -> socket.socket:
     """A connection on which the first half has come, and the rest never does."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_SECONDS)
     head = f"PATCH {where} HTTP/1.1\r\nHost: localhost\r\nUpload-Offset: 0\r\nContent-Length: {len(WEIGHTS)}\r\n"
     connection.sendall(f"{head}Content-Type: application/offset+octet-stream\r\n\r\n".encode() + WEIGHTS[:MIDDLE])
-    eventually(lambda: offset(server, where) == MIDDLE)
+    until(lambda: offset(server, where) == MIDDLE)
     return connection
 
 
@@ -63,7 +55,7 @@ def test_an_upload_survives_whatever_ends_its_connection(tmp_path: Path) -> None
         where = begun(server)
         with half_sent(server, where):
             assert send(server, where, MIDDLE, b"x").status_code == 409  # while the other is at it
-        eventually(lambda: send(server, where, MIDDLE, WEIGHTS[MIDDLE : MIDDLE + 1000]).status_code == 204)
+        until(lambda: send(server, where, MIDDLE, WEIGHTS[MIDDLE : MIDDLE + 1000]).status_code == 204)
         assert "unexpected_error" not in server.log
         cut = begun(server)
         with half_sent(server, cut):

@@ -1,25 +1,16 @@
 import os
 import random
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 from api.engine.turns import Turns
 from api.errors import ShuttingDown
+from tests.waiting import until
 
 WAIT = 30  # seconds until a lost thread fails the test
-
-
-def until(what: Callable[[], bool]) -> None:
-    """Returns once it is so: only the turns know who waits for one."""
-    deadline = time.monotonic() + WAIT
-    while not what():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 class Visitors:
