@@ -85,12 +85,10 @@ async def studio(
 
 @router.post("/")
 async def draw(request: Request, visitor: VisitorDep, service: ServiceDep) -> Response:
-    """Accepts what the form asks for; a script gets the jobs, a browser without one the page that has them."""
+    """Accepts what the form asks for. What comes of it the page's stream tells: an answer might overtake newer news."""
     form = await get_form(request)
     await accept(order_of(form), service, visitor.caller, key_of(form))
-    if not is_part(request):
-        return go(request, "/")
-    return await _jobs(request, visitor, service, key=new_key())
+    return page(request, visitor, "_key.html", key=new_key()) if is_part(request) else go(request, "/")
 
 
 @router.post("/page/estimate")
@@ -106,12 +104,4 @@ async def cancel(request: Request, job_id: Id, visitor: VisitorDep, service: Ser
     """Stops a job; what comes of that the page's stream tells."""
     seen = await history.find(service.database, visitor.caller, job_id)
     await cancel_job(seen, service, visitor.caller)
-    if not is_part(request):
-        return go(request, "/")
-    return await _jobs(request, visitor, service, key=None)
-
-
-async def _jobs(request: Request, visitor: Visitor, service: Service, key: str | None) -> Response:
-    """Returns the jobs as they are now, and for the next one the key that makes it once."""
-    shown = await cards.cards(service, visitor, await cards.lately(service, visitor))
-    return page(request, visitor, "_changed.html", cards=shown, lately=[], key=key)
+    return Response(status_code=204) if is_part(request) else go(request, "/")

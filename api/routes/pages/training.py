@@ -100,10 +100,7 @@ async def cancel(request: Request, seen: SeenDep, visitor: VisitorDep, service: 
     """Stops a training."""
     visitor.caller.may("draw")
     await cancel_job(seen, service, visitor.caller)
-    if not is_part(request):
-        return go(request, f"/people/training/{seen.job.id}")
-    seen = await _find(seen.job.id, visitor, service)
-    return page(request, visitor, "_training.html", course=await _course(service, visitor, seen), samples=None)
+    return Response(status_code=204) if is_part(request) else go(request, f"/people/training/{seen.job.id}")
 
 
 @router.get(

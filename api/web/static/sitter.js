@@ -68,6 +68,18 @@ document.addEventListener("htmx:sse:error", (happened) => {
   if (happened.detail.status === 401) location.reload();
 });
 
+// htmx comes back to a stream that broke; to one that never began, we do.
+const STREAM_RETRY_MS = 3000;
+const beginAgain = ({ target, detail: { ctx } }) => {
+  const url = target.getAttribute?.("hx-sse:connect"), status = ctx?.response?.status ?? 503;
+  if (!url) return;
+  if (status === 401) location.reload();
+  else if (status === 429 || status >= 500)
+    setTimeout(() => target.isConnected && htmx.ajax("GET", url, { source: target }), STREAM_RETRY_MS);
+};
+document.addEventListener("htmx:error", beginAgain);
+document.addEventListener("htmx:response:error", beginAgain);
+
 // A PNG that is dropped anywhere says how it was made. What is dragged from the page itself is left alone,
 // and so is what a part of the page takes for itself (`data-drops`).
 let dragsOurs = false;
