@@ -40,6 +40,7 @@ WANTS_CODE = {"auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_c
 # What savers write into a configuration beside what the base's has.
 NOTES = {"_class_name", "_diffusers_version", "_name_or_path"}
 TEXT_NOTES = {"_name_or_path", "torch_dtype", "dropout"}
+TIMESTEPS = "num_train_timesteps"
 
 
 def list_files(folder: Path, known: Mapping[str, set[str]]) -> dict[str, Path]:
@@ -125,7 +126,8 @@ def examine_model(folder: Path, base: Skeleton) -> None:
         rehearse(**built, length=base.tokenizer.model_max_length)
         _compare_tokenizers(read(index, folder, "tokenizer"), base.tokenizer)
         settings = _read_json("scheduler_config.json", folder / "scheduler/scheduler_config.json")
-        _compare_schedulers(read(index, folder, "scheduler"), settings, base.scheduler)
+        _compare_settings(settings, base.scheduler)  # first: a scheduler takes memory for each of its steps
+        _compare_schedulers(read(index, folder, "scheduler"), base.scheduler)
 
 
 def _refuse_unknown_settings(folder: Path, part: str, base: Skeleton) -> None:
@@ -149,13 +151,17 @@ def _compare_tokenizers(own: Any, other: Any) -> None:
         raise ModelUnavailable("the model's tokenizer is not the base's", OTHER_BASE)
 
 
-def _compare_schedulers(own: Any, settings: Mapping[str, Any], other: Any) -> None:
-    """Raises ModelUnavailable unless a scheduler, which has these settings, can stand for the base's."""
+def _compare_settings(settings: Mapping[str, Any], other: Any) -> None:
+    """Raises ModelUnavailable where a scheduler's settings may not differ from the base's and do."""
+    for name, value in settings.items():
+        # Names with an underscore are this server's, as of the size that it draws at.
+        held = name == TIMESTEPS or (name.startswith("_") and name not in NOTES)
+        if held and value != other.config.get(name):
+            raise ModelUnavailable(f"the model's scheduler has another {name} than the base's", OTHER_BASE)
+
+
+def _compare_schedulers(own: Any, other: Any) -> None:
+    """Raises ModelUnavailable unless a scheduler can stand for the base's."""
     if type(own) not in (type(other), *other.compatibles):
         raise ModelUnavailable(f"the model's scheduler is a {type(own).__name__}", OTHER_PARTS)
-    # Names with an underscore are this server's, as of the size that it draws at; the number of steps takes memory.
-    held = {name: settings[name] for name in settings.keys() - NOTES if name.startswith("_")}
-    held["num_train_timesteps"] = own.config.num_train_timesteps
-    for name, value in held.items():
-        if value != other.config.get(name):
-            raise ModelUnavailable(f"the model's scheduler has another {name} than the base's", OTHER_BASE)
+    _compare_settings({TIMESTEPS: own.config[TIMESTEPS]}, other)

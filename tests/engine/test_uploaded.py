@@ -355,6 +355,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "more words": (settings(WORDS, additional_special_tokens=["<new>"]), "tokenizer is not the base's"),
     "too many steps": (settings(STEPS, num_train_timesteps=2000), "another num_train_timesteps"),
+    "steps that nothing has room for": (settings(STEPS, num_train_timesteps=2**53), "another num_train_timesteps"),
     "another size to draw at": (settings(STEPS, _shorter_side=100_000), "another _shorter_side"),
     "no such schedule": (settings(STEPS, beta_schedule="mine"), "does not load"),
     "a scheduler of another kind": (
