@@ -4,9 +4,11 @@ Nothing else is kept of a grid than its jobs. Their Idempotency-Keys say where t
 and their ids follow the grid's, whose digits tell the time as theirs do.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from sqlalchemy import select
 
@@ -58,11 +60,18 @@ def is_cell(job: Request) -> bool:
     return (job.idempotency_key or "").startswith(TAG)
 
 
-def new_grid(asked: str | None = None) -> str:
-    """Returns the id of a new grid: the one that was handed out before, unless that is too long ago."""
+def new_grid(key: str | None = None, said: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Returns the id of a new grid; the same for the same `key` and what was `said` with it.
+
+    A key is such an id, which a form was handed out with; one of too long ago is none. Who goes back and says
+    something else has another grid, and the first one stays.
+    """
     fresh = new_id()
     recent = f"{int(fresh[:CLOCK_DIGITS], 16) - FRESH_MS:0{CLOCK_DIGITS}x}"
-    return asked if asked is not None and recent < asked[:CLOCK_DIGITS] <= fresh[:CLOCK_DIGITS] else fresh
+    if key is None or not recent < key[:CLOCK_DIGITS] <= fresh[:CLOCK_DIGITS]:
+        return fresh
+    digest = hashlib.sha256(repr((key, sorted(said.items()))).encode()).hexdigest()
+    return key[:CLOCK_DIGITS] + digest[: len(key) - CLOCK_DIGITS]
 
 
 def key_of(grid_id: str, place: Place) -> str:
@@ -93,7 +102,10 @@ async def find(database: Database, caller: Caller, grid_id: str) -> Grid:
     if not cells:
         raise NotFound("there is no such grid")
     some = next(iter(cells))
-    return Grid(grid_id, some.x, some.y, {(place.column, place.row): seen for place, seen in cells.items()})
+    grid = Grid(grid_id, some.x, some.y, {(place.column, place.row): seen for place, seen in cells.items()})
+    if len(grid.columns) * len(grid.rows) > MOST_CELLS:  # by keys that somebody thought of, and as large as they like
+        raise NotFound("there is no such grid")
+    return grid
 
 
 def _place(key: str) -> Place | None:

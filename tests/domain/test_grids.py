@@ -56,9 +56,20 @@ async def test_keys_that_somebody_thought_of_are_no_cells(gallery: Gallery, rest
         await grids.find(gallery.database, ADA, grid_id)
 
 
-def test_an_id_is_good_for_a_while() -> None:
-    fresh = grids.new_grid()
-    assert grids.new_grid(fresh) == fresh
+@pytest.mark.parametrize("far", [[(99, 99)], [(0, 36)], [(12, 0), (0, 12)]])
+async def test_a_grid_has_no_more_cells_than_a_form_may_ask_for(gallery: Gallery, far: list[tuple[int, int]]) -> None:
+    grid_id = grids.new_grid()
+    for column, row in far:  # by keys that somebody thought of
+        await drawn(gallery, grid_id, column, row)
+    with pytest.raises(NotFound):
+        await grids.find(gallery.database, ADA, grid_id)
+
+
+def test_a_key_is_good_for_a_while_and_for_what_it_was_said_with() -> None:
+    fresh, said = grids.new_grid(), {"x": "seed"}
+    grid_id = grids.new_grid(fresh, said)
+    assert (len(grid_id), grid_id[:12]) == (28, fresh[:12])
+    assert grids.new_grid(fresh, dict(said)) == grid_id != grids.new_grid(fresh, {"x": "who"})
     old = f"{int(fresh[:12], 16) - FRESH_MS - 1000:012x}{fresh[12:]}"
-    for not_good in (old, "f" * 28, None):
-        assert grids.new_grid(not_good) != not_good
+    for not_good in (old, "f" * 28):
+        assert grids.new_grid(not_good, said)[:12] not in (not_good[:12], "f" * 12)

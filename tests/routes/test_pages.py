@@ -268,3 +268,19 @@ async def test_a_grid_of_something_else_is_not_found(app: FastAPI, gallery: Gall
     async with visiting(app, "ada") as ada:
         assert (await ada.get(f"/grid/{grid_id}")).status_code == 404
         assert (await ada.get("/grid/%00")).status_code in (404, 422)
+
+
+async def test_a_grid_that_is_asked_for_otherwise_is_another(
+    app: FastAPI, gallery: Gallery, database: Database
+) -> None:
+    async with visiting(app, "ada") as ada:
+        key = value_of((await ada.get("/grid")).text, "key") or ""
+        form = {**GRID, **await token(ada), "who": "ada/default", "key": key}
+        first = (await ada.post("/grid", data=form)).headers["location"]
+        back = await ada.post("/grid", data={**form, "x_values": "1, 2, 4"})
+        assert back.status_code == 303, back.text
+        assert back.headers["location"] != first
+        assert (await ada.get(first)).text.count("Waiting") == 6
+    async with database.reading() as session:
+        jobs = list(await session.scalars(select(Request)))
+    assert [job.status for job in jobs] == ["queued"] * 12

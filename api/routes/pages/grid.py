@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -55,7 +56,7 @@ async def plan(
 async def draw(request: Request, visitor: VisitorDep, service: ServiceDep) -> Response:
     """Accepts every cell, or none; leads to the grid."""
     form = await get_form(request)
-    grid_id = grids.new_grid(key_of(form))
+    grid_id = grids.new_grid(key_of(form), form)
     try:
         await _accept(service, visitor, grid_id, planned(form, await sitters(service, visitor), grid_id))
     except (SitterError, RequestValidationError) as error:
@@ -187,5 +188,5 @@ async def _changes(service: Service, visitor: Visitor, how: Reading, grid_id: st
         await asyncio.sleep(AT_LEAST)
         await change(service.wake, active)
         if time.monotonic() - authenticated >= REAUTH_SECONDS:
-            await identify(service.accounts, visitor.sent)
+            visitor = replace(visitor, caller=await identify(service.accounts, visitor.sent))
             authenticated = time.monotonic()
