@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated
 
 import structlog
@@ -64,7 +65,7 @@ async def _changes(visitor: Visitor, service: Service, how: Reading) -> AsyncGen
         await asyncio.sleep(AT_LEAST)
         await change(service.wake, [seen.job.id for seen in found if seen.job.status not in ENDED])
         if time.monotonic() - authenticated >= REAUTH_SECONDS:
-            await identify(service.accounts, visitor.sent)
+            visitor = replace(visitor, caller=await identify(service.accounts, visitor.sent))
             authenticated = time.monotonic()
 
 

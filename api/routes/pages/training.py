@@ -5,7 +5,7 @@ import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import structlog
@@ -136,7 +136,7 @@ async def _changes(job_id: str, visitor: Visitor, service: Service, how: Reading
         await asyncio.sleep(AT_LEAST)
         seen = await history.changed(service.wake, service.database, visitor.caller, seen)
         if time.monotonic() - authenticated >= REAUTH_SECONDS:
-            await identify(service.accounts, visitor.sent)
+            visitor = replace(visitor, caller=await identify(service.accounts, visitor.sent))
             authenticated = time.monotonic()
 
 
