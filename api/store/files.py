@@ -96,8 +96,9 @@ class PictureFolder(Disk):
             StorageUnavailable: it cannot be removed.
         """
         try:
-            self._thumbnail_of(name).unlink(missing_ok=True)
+            # In this order: `thumbnail` looks whether the picture is still there after it has written.
             self.path_of(name).unlink(missing_ok=True)
+            self._thumbnail_of(name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageUnavailable(f"{name} cannot be removed: {error.strerror}") from error
 
@@ -164,6 +165,6 @@ def _small(png: bytes, side: int = THUMBNAIL_SIDE, quality: int = THUMBNAIL_QUAL
         with Image.open(io.BytesIO(png)) as picture:
             picture.thumbnail((side, side), Image.Resampling.LANCZOS)
             picture.save(buffer, "WEBP", quality=quality)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow says all three of a broken PNG
         raise StorageUnavailable("a picture's file is damaged") from error
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Barrier, Event
 
@@ -25,6 +25,12 @@ WRITERS = 8
 def names(folder: Path) -> set[str]:
     """Everything in the folder, hidden leftovers included."""
     return {path.name for path in folder.iterdir()}
+
+
+def png_of(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 50).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_a_picture_is_saved_under_its_name(tmp_path: Path) -> None:
@@ -278,6 +284,24 @@ def test_a_thumbnail_is_made_once_and_goes_with_its_picture(tmp_path: Path) -> N
         folder.thumbnail(NAME)
 
 
+def test_a_thumbnail_that_is_made_meanwhile_goes_with_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PictureFolder(tmp_path)
+    folder.save(NAME, png_of(64))
+    unlink, looks = Path.unlink, [NAME]
+
+    def then_somebody_looks(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        with suppress(NotFound):
+            folder.thumbnail(looks.pop()) if looks else None
+
+    monkeypatch.setattr(Path, "unlink", then_somebody_looks)
+    folder.delete(NAME)
+    assert not looks
+    assert not names(tmp_path)
+
+
 def test_a_thumbnail_of_nothing_is_swept(tmp_path: Path) -> None:
     folder = PictureFolder(tmp_path)
     folder.save(NAME.replace(".png", ".webp"), b"left over")
@@ -302,6 +326,15 @@ def test_a_blur_is_a_few_pixels() -> None:
     assert top[2] > 150 > top[0]
     assert bottom[0] > 150 > bottom[2]
     assert files.blur(b"no picture") is None
+
+
+@pytest.mark.parametrize(("at", "broken"), [(8, b"\0\0\0\5"), (33, b"\0\0\1\0")])
+def test_a_picture_that_is_broken_in_any_way_has_no_thumbnail(tmp_path: Path, at: int, broken: bytes) -> None:
+    png = png_of(64)
+    PictureFolder(tmp_path).save(NAME, png[:at] + broken + png[at + 4 :])
+    with pytest.raises(StorageUnavailable):
+        PictureFolder(tmp_path).thumbnail(NAME)
+    assert files.blur(png[:at] + broken + png[at + 4 :]) is None
 
 
 def test_a_damaged_picture_has_no_thumbnail(tmp_path: Path) -> None:
