@@ -23,6 +23,8 @@ HEADER_END = 33  # bytes of the signature and the chunk IHDR, which comes first
 AROUND = 12  # bytes of a chunk beside its data: length, kind, CRC
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 MOST_LETTERS = 20_000  # of a text that is read
+MOST_PIXELS = 99_999  # of a side that is said
+UNSEEN = re.compile(r"[^\t\n\r -\ud7ff\ue000-\U0010ffff]")  # control characters, and halves that no page can hold
 SAMPLERS: dict[Scheduler, str] = {
     "ddim": "DDIM",
     "euler": "Euler",
@@ -175,7 +177,8 @@ def read_json(text: str) -> Recipe | None:
     if not isinstance(said, dict) or "prompt" not in said:
         return None
     width, height = said.get("width"), said.get("height")
-    size = (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None
+    fits = all(isinstance(side, int) and 0 < side <= MOST_PIXELS for side in (width, height))
+    size = (width, height) if fits else None
     return _recipe({name: said[name] for name in SAID if said.get(name) is not None}, size)
 
 
@@ -185,8 +188,7 @@ def read_parameters(text: str) -> Recipe:
     Its values stand in one line of `Key: value`, which some programs add further lines to. A text without that line
     is a prompt.
     """
-    plain = re.sub(r"[^\t\n\r -\ud7ff\ue000-\U0010ffff]", "", text)
-    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", plain.strip())]
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", UNSEEN.sub("", text).strip())]
     pairs = [_pairs(line) for line in lines]
     end = max((at for at, found in enumerate(pairs) if len(found) >= 2), default=len(lines))  # one may be of a prompt
     said: dict[str, Any] = dict(pairs[end]) if end < len(lines) else {}
@@ -229,7 +231,7 @@ def _recipe(said: Mapping[str, Any], size: tuple[int, int] | None) -> Recipe:
             fits = GenerateRequest.model_validate({"prompt": "-", name: _as_asked(name, value)})
         except ValueError:  # pydantic's is one, too
             called = next((key for key, field in KEYS.items() if field == name), name)
-            left_out.append(f"{called} {value}"[:60])
+            left_out.append(UNSEEN.sub("", f"{called} {value}")[:60])
         else:
             values[name] = getattr(fits, name)
     return Recipe(values, size, tuple(left_out))

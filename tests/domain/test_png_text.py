@@ -226,6 +226,14 @@ def test_json_of_any_kind_breaks_nothing(text: str) -> None:
     assert recipe.values.get("prompt", "none") in {"a knight", "p", "none"}
 
 
+def test_json_says_nothing_that_a_page_cannot_hold() -> None:
+    said = {"prompt": "p", "width": 10**400, "height": 1, "scheduler": "\ud800Heun", "negative_prompt": "\0fog"}
+    recipe = read_from({"sitter": json.dumps(said)})
+    assert recipe == Recipe({"prompt": "p"}, None, recipe.left_out)
+    assert sorted(recipe.left_out) == ["negative_prompt fog", "sampler Heun"]
+    assert read_from({"sitter": json.dumps({"prompt": "p", "width": 640, "height": 99_999})}).size == (640, 99_999)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", png()[:20], png(), with_text(png(), {"Title": "x"})]
 )
