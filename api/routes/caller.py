@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 
-from api.domain.accounts import Accounts, Caller, Credentials, authenticate
+from api.domain.accounts import Accounts, Caller, Credentials, authenticate, identify
 from api.routes.service import ServiceDep
 from api.wire.accounts import Scope
 
@@ -59,6 +59,14 @@ async def get_caller(accounts: AccountsDep, sent: CredentialsDep) -> Caller:
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_uncounted(accounts: AccountsDep, sent: CredentialsDep) -> Caller:
+    """Returns the caller, for what pages ask for by the dozen by themselves. Raises as `get_caller`, but no limit."""
+    return await identify(accounts, sent)
+
+
+UncountedDep = Annotated[Caller, Depends(get_uncounted)]
 
 
 def require(scope: Scope) -> Callable[[Caller], Awaitable[None]]:

@@ -14,7 +14,7 @@ from api.domain import boards, library
 from api.domain.library import Wanted
 from api.errors import InvalidRequest, SitterError
 from api.routes import etags
-from api.routes.caller import CallerDep, require
+from api.routes.caller import CallerDep, UncountedDep, require
 from api.routes.errors import error_answer, error_responses
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id
@@ -194,18 +194,18 @@ async def fetch_image(
             "description": "A WebP of 384 pixels at most; the PNG itself where the disk has no room for one.",
             "content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}},
         },
-        304: {"description": "You have it already: its ETag stands in `If-None-Match`."},
-        **error_responses(401, 403, 404, 422, 429, 503),
+        **etags.KNOWN,
+        **error_responses(401, 403, 404, 422, 503),
     },
-    dependencies=[Depends(require("read"))],
 )
 async def fetch_thumbnail(
     image_id: ImageId,
     service: ServiceDep,
-    caller: CallerDep,
+    caller: UncountedDep,
     if_none_match: etags.IfNoneMatch = None,
 ) -> Response:
-    """Sends a small version of a picture, for lists of many."""
+    """Sends a small version of a picture, for lists of many; it does not count among your requests."""
+    caller.may("read")
     file = await library.file_of(service.database, service.pictures, caller, image_id)
     headers = {"ETag": f'"small-{file.sha256}"', "Cache-Control": CACHE}
     if etags.is_known(headers["ETag"], if_none_match):

@@ -252,3 +252,16 @@ def picture(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "navy").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+async def test_thumbnails_do_not_count_among_requests(database: Database, tmp_path: Path) -> None:
+    await people.add_user(database, "ada", limits={"requests_per_minute": 2})
+    gallery = Gallery(database, tmp_path / "output")
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(buffer, "PNG")
+    rows = [await gallery.hang("ada", png=buffer.getvalue()) for _ in range(5)]
+    async with await client(gallery, "ada") as ada:
+        assert {(await ada.get(f"/images/{row.id}/thumbnail")).status_code for row in rows} == {200}
+        assert [(await ada.get("/images")).status_code for _ in range(3)] == [200, 200, 429]
+    async with await client(gallery, "ada", "draw") as ada:
+        assert (await ada.get(f"/images/{rows[0].id}/thumbnail")).status_code == 403
