@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from api.domain import library
 from api.domain.accounts import Caller
+from api.domain.grids import TAG as GRID
 from api.errors import InvalidRequest, NotFound
 from api.store.database import Database
 from api.store.tables import Image, ImageTag, insert_new
@@ -27,11 +28,13 @@ class Board:
 async def boards(database: Database, caller: Caller, user_id: str | None) -> list[Board]:
     """Returns the boards with pictures that the caller may see, or of one user; what was drawn last comes first.
 
+    Grids have pages of their own, and are none.
+
     Raises:
         Forbidden: `user_id` is somebody else.
     """
     owner = caller.owner_filter(user_id)
-    counted = select(ImageTag.tag, func.count()).group_by(ImageTag.tag)
+    counted = select(ImageTag.tag, func.count()).where(~ImageTag.tag.startswith(GRID)).group_by(ImageTag.tag)
     if owner is not None:
         counted = counted.join(Image, Image.id == ImageTag.image_id).where(Image.user_id == owner)
     newest = counted.order_by(func.max(ImageTag.image_id).desc(), ImageTag.tag).limit(MOST_BOARDS)

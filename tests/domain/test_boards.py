@@ -113,3 +113,8 @@ async def test_pictures_are_found_by_stars_and_by_any_version_of_a_model(gallery
     assert await found(Wanted(model="ada/ev")) == set()
     assert await found(Wanted(rating=1)) == {first.id, second.id}
     assert await found(Wanted(rating=3, model="ada/eve")) == {second.id}
+
+
+async def test_a_grid_is_no_board(gallery: Gallery) -> None:
+    await gallery.hang("ada", tags=("grid:" + "0" * 28, "grids"))
+    assert await boards.boards(gallery.database, ADA, None) == [Board("grids", 1)]
