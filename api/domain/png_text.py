@@ -176,9 +176,8 @@ def read_json(text: str) -> Recipe | None:
         return None
     if not isinstance(said, dict) or "prompt" not in said:
         return None
-    width, height = said.get("width"), said.get("height")
-    fits = all(isinstance(side, int) and 0 < side <= MOST_PIXELS for side in (width, height))
-    size = (width, height) if fits else None
+    sides = [side for side in (said.get("width"), said.get("height")) if isinstance(side, int)]
+    size = (sides[0], sides[1]) if len(sides) == 2 and all(0 < side <= MOST_PIXELS for side in sides) else None
     return _recipe({name: said[name] for name in SAID if said.get(name) is not None}, size)
 
 
