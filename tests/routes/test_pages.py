@@ -2,9 +2,10 @@
 
 import io
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
@@ -15,6 +16,7 @@ from sqlalchemy import select
 
 from api.domain import grids
 from api.domain.png_text import with_text
+from api.domain.rate import BODIES
 from api.routes import limits
 from api.store.database import Database
 from api.store.tables import Image, Request
@@ -91,7 +93,9 @@ async def test_a_picture_is_its_owners(app: FastAPI, gallery: Gallery) -> None:
 async def test_a_sensitive_prompt_is_its_owners(app: FastAPI, gallery: Gallery) -> None:
     row = await gallery.hang("ada", "a secret knight", sensitive=True)
     async with visiting(app, "ada") as ada, visiting(app, "root") as root:
-        assert "a secret knight" in (await ada.get(f"/picture/{row.id}")).text
+        own = (await ada.get(f"/picture/{row.id}")).text
+        assert "a secret knight" in own
+        assert "secret" not in own[: own.index("</title>")]  # browsers keep titles
         seen = await root.get(f"/picture/{row.id}")
         assert seen.status_code == 200
         assert "secret" not in seen.text
@@ -186,6 +190,12 @@ async def test_strangers_drop_nothing(app: FastAPI, gallery: Gallery, monkeypatc
         assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in?next=/")
         files = {"picture": ("a.png", png(SAYS))}
         assert (await ada.post("/page/dropped", files=files)).status_code == 403
+        many = [("picture", (f"{number}.png", png(SAYS))) for number in (1, 2)]
+        assert (await ada.post("/page/dropped", data=await token(ada), files=many)).status_code == 422
+        with ExitStack() as others:
+            for _ in range(BODIES):
+                others.enter_context(app.state.service.accounts.bodies.one("ada"))
+            assert (await ada.post("/page/dropped", data=await token(ada), files=files)).status_code == 429
         monkeypatch.setitem(limits.UPLOADS, "/page/dropped", 1000)
         large = {"picture": ("a.png", png(SAYS) + b"x" * 1000)}
         assert (await ada.post("/page/dropped", data=await token(ada), files=large)).status_code == 413
@@ -284,3 +294,41 @@ async def test_a_grid_that_is_asked_for_otherwise_is_another(
     async with database.reading() as session:
         jobs = list(await session.scalars(select(Request)))
     assert [job.status for job in jobs] == ["queued"] * 12
+
+
+async def test_nothing_that_a_browser_would_not_say_breaks_a_page(app: FastAPI, gallery: Gallery) -> None:
+    row = await gallery.hang("ada")
+    async with visiting(app, "ada") as ada, visiting(app, "root") as root:
+        csrf, torn = await token(ada), "http://[x/gallery?a=1"
+        part = await ada.get("/gallery", headers={"HX-Request": "true", "HX-Current-URL": torn})
+        assert part.status_code == 200
+        form = {**csrf, "ids": row.id, "rating": "3"}
+        assert (await ada.post("/page/gallery/rate", data=form, headers={"Referer": torn})).status_code == 303
+        key = {"key": "\0"}
+        made = await ada.post("/account/keys", data={**csrf, **key, "name": "x", "scopes": "read"})
+        assert (made.status_code, "sk_" in made.text) == (200, True)
+        new = await root.post("/manage/users", data={**await token(root), **key, "id": "zoe"})
+        assert new.status_code == 303
+        assert (await root.get("/manage/usage?to=0001-01-05")).status_code == 200
+
+
+async def test_an_address_that_is_no_text_leads_to_the_door(app: FastAPI) -> None:
+    sent = list[MutableMapping[str, Any]]()
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/gallery", "query_string": b"words=\xff", "headers": []}
+    await app(scope, receive, send)
+    assert dict(sent[0]["headers"])[b"location"] == b"/sign-in?next=/gallery%3Fwords%3D%C3%BF"
+
+
+async def test_faces_are_of_ones_own_pictures(app: FastAPI, gallery: Gallery) -> None:
+    drew = {"model_id": app.state.service.settings.source_for("ada").model_id}
+    own, others = await gallery.hang("root", **drew), await gallery.hang("ada", **drew)
+    async with visiting(app, "root") as root:
+        html = (await root.get("/")).text
+        assert (own.id in html, others.id in html) == (True, False)

@@ -1,7 +1,6 @@
 """/account: what is left of one's limits, keys, sessions, the password, one's data, and how one likes to read."""
 
 import json
-import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request, Response
@@ -14,6 +13,7 @@ from api.domain.once import Repeatable
 from api.errors import Conflict, InvalidRequest, LimitReached, NotAuthenticated, SitterError
 from api.routes import accounts as own
 from api.routes.caller import COOKIE, AccountsDep, address_of
+from api.routes.pages.asked import key_of, new_key
 from api.routes.pages.forms import FormDep, checked, said
 from api.routes.pages.look import PageRoute, go, is_part, own_path, page
 from api.routes.pages.visitor import LANGUAGE_COOKIE, THEME_COOKIE, THEMES, Visitor, VisitorDep
@@ -42,7 +42,7 @@ async def make_key(request: Request, visitor: VisitorDep, accounts: AccountsDep,
         asked["days"] = int(days) if days.isdecimal() else days
     try:
         new = checked(NewKey, asked)
-        sent = Repeatable(visitor.caller.name, form.get("key", "")[:64], json.dumps(asked).encode())
+        sent = Repeatable(visitor.caller.name, key_of(form) or new_key(), json.dumps(asked).encode())
         made = await own.make_key(new, visitor.caller, accounts, sent)
     except (RequestValidationError, Conflict, InvalidRequest) as error:
         return await _shown(request, visitor, accounts, "_keys.html", wrong={"keys": said(error)})
@@ -136,7 +136,7 @@ async def _shown(
         keys=keys,
         made=made,
         wrong=wrong or {},
-        again=secrets.token_hex(14),
+        again=new_key(),
         lives=LIVES,
         scopes=[scope for scope in SCOPES if scope in visitor.caller.scopes],
         until=visitor.caller.token and visitor.caller.token.expires_at,

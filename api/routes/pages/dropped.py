@@ -5,26 +5,27 @@ from fastapi import APIRouter, Request, Response
 
 from api.domain import png_text
 from api.errors import InvalidRequest
-from api.routes.forms import opened, uploads
+from api.routes.caller import AccountsDep
+from api.routes.forms import uploads
 from api.routes.pages.asked import draft_from
 from api.routes.pages.create import studio
 from api.routes.pages.look import PageRoute
-from api.routes.pages.visitor import VisitorDep
+from api.routes.pages.visitor import sent
 from api.routes.service import ServiceDep
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
 @router.post("/page/dropped")
-async def dropped(request: Request, visitor: VisitorDep, service: ServiceDep) -> Response:
+async def dropped(request: Request, accounts: AccountsDep, service: ServiceDep) -> Response:
     """Returns the page to draw on, its form filled in."""
-    async with opened(request, files=1) as form:
-        sent = [file for file in uploads(form, "picture") if file.size]
-        if not sent:
+    async with sent(request, accounts, 1) as (visitor, form):
+        files = [file for file in uploads(form, "picture") if file.size]
+        if not files:
             raise InvalidRequest(
                 "no picture was chosen", "Choose a PNG from here or from A1111, or drop it on the page."
             )
-        recipe = await anyio.to_thread.run_sync(png_text.read, sent[0].file)
+        recipe = await anyio.to_thread.run_sync(png_text.read, files[0].file)
     answer = await studio(request, visitor, service, draft_from(recipe), recipe.left_out)
     answer.headers["HX-Push-Url"] = "/"
     return answer

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Annotated, Any, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from fastapi import APIRouter, Depends, Form, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -15,7 +15,7 @@ from api.domain.library import Wanted
 from api.errors import InvalidRequest
 from api.routes.images import moment
 from api.routes.pages.cards import who
-from api.routes.pages.look import PageRoute, go, is_part, page
+from api.routes.pages.look import PageRoute, came_from, go, is_part, page
 from api.routes.pages.visitor import Visitor, VisitorDep
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id
@@ -249,7 +249,7 @@ async def _people(service: Service, visitor: Visitor, asked: Asked) -> dict[str,
 
 def _address(request: Request, asked: Asked) -> dict[str, str]:
     """Returns the header by which the address bar follows: words that are still typed make no history."""
-    query = urlsplit(request.headers.get("HX-Current-URL", "")).query
+    query = came_from(request).partition("?")[2].partition("#")[0]
     was, now = {name: value for name, value in parse_qsl(query) if name not in ("before", "until")}, asked.filters
     if was == now:
         return {}
@@ -270,6 +270,5 @@ def _done(request: Request) -> Response:
     """Returns the answer to what was done: none for a script, else the page that it was asked from."""
     if is_part(request):
         return Response(status_code=204)
-    came = urlsplit(request.headers.get("Referer", ""))
-    back = came.path if came.path == "/gallery" or came.path.startswith("/picture/") else "/gallery"
-    return go(request, f"{back}?{came.query}" if came.query and back == came.path else back)
+    came = came_from(request)
+    return go(request, came if came.partition("?")[0] == "/gallery" or came.startswith("/picture/") else "/gallery")

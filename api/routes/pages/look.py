@@ -103,7 +103,7 @@ def render(how: Reading, template: str, **values: Any) -> str:
 
 def page(request: Request, visitor: Visitor | None, template: str, status: int = 200, **values: Any) -> HTMLResponse:
     """Returns a page, or a part of one, as an answer."""
-    html = render(reading(request), template, visitor=visitor, **{"here": request.url.path} | values)
+    html = render(reading(request), template, visitor=visitor, **{"here": request.scope["path"]} | values)
     return HTMLResponse(html, status)
 
 
@@ -147,14 +147,21 @@ class PageRoute(APIRoute):
 
 
 def _to_sign_in(request: Request) -> Response:
-    if request.url.path.startswith(STREAMS):
+    # Not by `request.url`, which raises for bytes that are no UTF-8.
+    here, query = request.scope["path"], request.scope["query_string"].decode("latin-1")
+    if here.startswith(STREAMS):
         return Response(status_code=401)  # whoever comes back for more of a stream follows no answer elsewhere
     if is_part(request) or request.method != "GET":  # what was sent has no page of its own to come back to
-        back = request.headers.get("HX-Current-URL") or request.headers.get("Referer", "")
-        here = "/" + back.partition("://")[2].partition("/")[2]
-    else:
-        here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        here = came_from(request)
+    elif query:
+        here += f"?{query}"
     return go(request, f"/sign-in?next={quote(here)}")
+
+
+def came_from(request: Request) -> str:
+    """Returns the path, and what follows it, of the page that something was asked from; / where nothing tells it."""
+    told = request.headers.get("HX-Current-URL") or request.headers.get("Referer", "")
+    return "/" + told.partition("://")[2].partition("/")[2]
 
 
 def as_ours(error: Exception) -> SitterError:

@@ -37,7 +37,7 @@ async def usage(
 ) -> Response:
     """What was drawn, by day, by user and by model."""
     last = end or datetime.now(UTC).date()
-    first = begin or last - timedelta(days=DAYS[1] - 1)
+    first = begin or last - timedelta(days=min(DAYS[1], last.toordinal()) - 1)
     if not 0 <= (last - first).days < MOST_DAYS:
         raise InvalidRequest("these days cannot be shown", f"Choose up to {MOST_DAYS} days, the first one first.")
     by_day = await admin.usage(service.database, first, last, "day")

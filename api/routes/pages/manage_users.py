@@ -1,7 +1,6 @@
 """/manage/users: who there is, what they may use, and shutting somebody out. For administrators."""
 
 import json
-import secrets
 from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Request, Response
@@ -13,6 +12,7 @@ from api.domain.accounts import Accounts
 from api.domain.once import Repeatable
 from api.errors import Conflict, InvalidRequest, SitterError
 from api.routes.caller import AccountsDep
+from api.routes.pages.asked import key_of, new_key
 from api.routes.pages.forms import Blank, FormDep, checked, said
 from api.routes.pages.look import PageRoute, go, is_part, page
 from api.routes.pages.visitor import AdminDep, Visitor
@@ -44,7 +44,7 @@ async def add(request: Request, visitor: AdminDep, accounts: AccountsDep, form: 
     try:
         new = checked(NewUser, {"id": "", **asked})
         told = json.dumps({name: value for name, value in asked.items() if name != "password"})
-        sent = Repeatable(visitor.caller.name, form.get("key", "")[:64], told.encode())
+        sent = Repeatable(visitor.caller.name, key_of(form) or new_key(), told.encode())
         made = await admin.make_user(accounts, visitor.caller, new, sent)
     except (RequestValidationError, Conflict, InvalidRequest) as error:
         return await _list(request, visitor, accounts, None, said(error), form)
@@ -114,7 +114,7 @@ async def _list(
     draft: dict[str, str] | None = None,
 ) -> Response:
     found = await admin.list_users(accounts.database, after, ON_A_PAGE)
-    status, key = wrong.status if wrong else 200, secrets.token_hex(14)
+    status, key = wrong.status if wrong else 200, new_key()
     return page(
         request,
         visitor,

@@ -72,9 +72,9 @@ async def _face(service: Service, visitor: Visitor, model: Model) -> str | None:
 
 
 async def drawn_with(service: Service, visitor: Visitor, model: Model, most: int) -> list[str]:
-    """Returns addresses of the last pictures that a model drew."""
-    wanted = Wanted(model=model.model_id)
-    drawn = await library.page(service.database, service.vault, visitor.caller, None, wanted, None, most)
+    """Returns addresses of what a model drew last for the visitor; administrators see no others' here."""
+    wanted, caller = Wanted(model=model.model_id), visitor.caller
+    drawn = await library.page(service.database, service.vault, caller, caller.user_id, wanted, None, most)
     return [f"/images/{image.id}/thumbnail" for image in drawn]
 
 

@@ -1,25 +1,22 @@
 """/people/new: pictures of somebody, their consent, and a button."""
 
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import IO, Annotated
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
-from starlette.datastructures import FormData
 
 from api.domain import history, photos
-from api.domain.accounts import Accounts, Credentials, identify
 from api.domain.models import TOKEN
 from api.domain.photos import LEAST, MOST, MOST_BYTES, MOST_FILES, Photo
 from api.domain.policy import STATEMENT, STATEMENTS
 from api.errors import InvalidRequest
 from api.routes import forms, trainings
-from api.routes.caller import COOKIE, AccountsDep
+from api.routes.caller import AccountsDep
 from api.routes.pages.asked import key_of, new_key
 from api.routes.pages.look import PageRoute, go, page
-from api.routes.pages.visitor import CSRF_FIELD, Visitor, VisitorDep, get_visitor
+from api.routes.pages.visitor import CSRF_FIELD, VisitorDep, sent
 from api.routes.service import ServiceDep
 from api.routes.trainings import PICTURES
 from api.wire.models import MOST_RANK, MOST_STEPS, TrainingRequest
@@ -63,7 +60,7 @@ async def ask(
 @router.post("/people/new")
 async def begin(request: Request, accounts: AccountsDep, service: ServiceDep) -> Response:
     """Accepts the training that the form asks for, and goes on to where it is followed."""
-    async with _sent(request, accounts, MOST_FILES) as (visitor, form):
+    async with sent(request, accounts, MOST_FILES) as (visitor, form):
         visitor.caller.may("manage")
         fields = {name: value for name, value in form.items() if isinstance(value, str) and value.strip()}
         asked = {name: value for name, value in fields.items() if name not in (CSRF_FIELD, "key", OTHER)}
@@ -77,13 +74,13 @@ async def begin(request: Request, accounts: AccountsDep, service: ServiceDep) ->
 @router.post("/page/people/look")
 async def look(request: Request, accounts: AccountsDep) -> Response:
     """What is found of one picture beside others that are good; nothing of it is kept."""
-    async with _sent(request, accounts, 1) as (visitor, form):
+    async with sent(request, accounts, 1) as (visitor, form):
         visitor.caller.may("manage")
         known = [Photo(b"", sha256, int(print_, 16)) for sha256, print_ in MARK.findall(str(form.get(MARKS, "")))]
-        sent = forms.uploads(form, PICTURES)
-        if not sent:
+        files = forms.uploads(form, PICTURES)
+        if not files:
             raise InvalidRequest("there is no picture to look at", "Choose one.")
-        reason, mark = await anyio.to_thread.run_sync(_look, sent[0].file, known, limiter=trainings.one_at_a_time)
+        reason, mark = await anyio.to_thread.run_sync(_look, files[0].file, known, limiter=trainings.one_at_a_time)
     return page(request, visitor, "_verdict.html", reason=reason, mark=mark)
 
 
@@ -99,12 +96,3 @@ def _look(file: IO[bytes], known: Sequence[Photo]) -> tuple[str | None, str]:
     """Returns why a picture is refused, or None and its mark."""
     verdict = next(photos.examine([file.read(MOST_BYTES + 1)], known))
     return verdict.reason, f"{verdict.photo.sha256}{verdict.photo.fingerprint:064x}" if verdict.photo else ""
-
-
-@asynccontextmanager
-async def _sent(request: Request, accounts: Accounts, files: int) -> AsyncIterator[tuple[Visitor, FormData]]:
-    """Reads a form with files inside the block, but not a byte of a stranger's."""
-    caller = await identify(accounts, Credentials(cookie=request.cookies.get(COOKIE), unsafe=False))
-    with accounts.bodies.one(caller.name):
-        async with forms.opened(request, files) as form:
-            yield await get_visitor(request, accounts), form

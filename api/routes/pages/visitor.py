@@ -1,14 +1,18 @@
 """Who looks at a page: the caller, and how they like to read it."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from fastapi import Depends, Request
+from starlette.datastructures import FormData
 
 from api.domain import users
-from api.domain.accounts import Caller, Credentials, authenticate, identify
+from api.domain.accounts import Accounts, Caller, Credentials, authenticate, identify
 from api.errors import SitterError
 from api.routes.caller import COOKIE, CSRF_HEADER, SAFE, AccountsDep
+from api.routes.forms import opened
 from api.routes.pages.words import LANGUAGES, preferred
 from api.wire.accounts import Me
 
@@ -71,6 +75,18 @@ async def get_visitor(request: Request, accounts: AccountsDep) -> Visitor:
 
 
 VisitorDep = Annotated[Visitor, Depends(get_visitor)]
+
+
+@asynccontextmanager
+async def sent(request: Request, accounts: Accounts, files: int) -> AsyncIterator[tuple[Visitor, FormData]]:
+    """Reads a form with so many files inside the block, but not a byte of a stranger's; see `forms.opened`.
+
+    Raises as `get_visitor` does, and LimitReached when too many come at once.
+    """
+    caller = await identify(accounts, Credentials(cookie=request.cookies.get(COOKIE), unsafe=False))
+    with accounts.bodies.one(caller.name):
+        async with opened(request, files) as form:
+            yield await get_visitor(request, accounts), form
 
 
 async def get_admin(visitor: VisitorDep) -> Visitor:
