@@ -329,7 +329,7 @@ class Usage(Table):
     cost: Mapped[float] = mapped_column(default=0.0)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
-    __table_args__ = (Index("usage_by_user", "user_id", "created_at"),)
+    __table_args__ = (Index("usage_by_user", "user_id", "created_at"), Index("usage_by_day", "created_at"))
 
 
 class Delivery(Table):

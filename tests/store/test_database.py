@@ -32,7 +32,7 @@ from api.errors import DatabaseNewer, DatabaseUnavailable, SitterError, StorageF
 from api.store import database as module
 from api.store import postgresql as postgresql_module
 from api.store.database import Database, migrate
-from api.store.tables import Audit, Queue, Request, Table, User, now
+from api.store.tables import Audit, Queue, Request, Table, Usage, User, now
 from tests import rows
 from tests.databases import PostgreSQL
 from tests.e2e.server import CANARY, free_port
@@ -216,6 +216,15 @@ async def test_the_queue_is_read_in_the_order_of_its_index(migrated_sqlite: Path
     connection.close()
     assert len(steps) == 1
     assert "requests_queued" in steps[0]
+
+
+async def test_a_day_of_the_ledger_is_found_by_its_index(migrated_sqlite: Path) -> None:
+    query = select(func.sum(Usage.images)).where(Usage.created_at >= now())
+    plan = query.compile(dialect=SQLiteDialect(), compile_kwargs={"literal_binds": True})
+    connection = sqlite3.connect(migrated_sqlite)
+    steps = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {plan}")]
+    connection.close()
+    assert any("usage_by_day" in step for step in steps), steps
 
 
 def test_places_in_the_queue_are_counted_in_its_index(postgresql: PostgreSQL, migrated_postgresql: str) -> None:
