@@ -1,5 +1,6 @@
 """Pages without a browser: who may see what, forms without a script, and files that are dropped."""
 
+import asyncio
 import io
 import re
 from collections.abc import AsyncIterator, MutableMapping
@@ -12,14 +13,18 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 from PIL import Image as Picture
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from api.domain import grids
+from api.domain import grids, users
+from api.domain.accounts import Credentials, identify
 from api.domain.png_text import with_text
 from api.domain.rate import BODIES
+from api.errors import NotFound
 from api.routes import limits
+from api.routes.pages import grid
+from api.routes.pages.visitor import Reading, Visitor
 from api.store.database import Database
-from api.store.tables import Image, Request
+from api.store.tables import Image, Request, User
 from tests import people
 from tests.gallery import Gallery
 from tests.people import PASSWORD
@@ -332,3 +337,21 @@ async def test_faces_are_of_ones_own_pictures(app: FastAPI, gallery: Gallery) ->
     async with visiting(app, "root") as root:
         html = (await root.get("/")).text
         assert (own.id in html, others.id in html) == (True, False)
+
+
+async def test_a_stream_shows_what_is_allowed_now(
+    app: FastAPI, gallery: Gallery, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "REAUTH_SECONDS", 0.0)
+    service = app.state.service
+    async with visiting(app, "ada") as ada, visiting(app, "root") as root:
+        url = (await ada.post("/grid", data={**GRID, **await token(ada)})).headers["location"]
+        sent = Credentials(cookie=root.cookies["sitter_session"], unsafe=False)
+    visitor = Visitor(caller := await identify(service.accounts, sent), await users.me(service.accounts, caller), sent)
+    stream = grid._changes(service, visitor, Reading(), url.removeprefix("/grid/"))
+    assert "Waiting" in await anext(stream)
+    async with database.transaction() as session:
+        await session.execute(update(User).where(User.id == "root").values(type="user"))
+    with pytest.raises(NotFound):
+        async with asyncio.timeout(10):
+            await anext(stream)
