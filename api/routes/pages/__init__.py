@@ -1,6 +1,9 @@
 """The pages that people look at: templates filled in with what the API's own functions return."""
 
-from fastapi import FastAPI
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
 from api.routes.pages import (
     account,
@@ -21,6 +24,9 @@ from api.routes.pages import (
     training,
 )
 from api.routes.pages.assets import Assets
+from api.routes.pages.look import nowhere
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 ROOMS = (
     *(create, live, gallery, picture, compare, dropped, grid),
@@ -34,3 +40,15 @@ def add_pages(app: FastAPI) -> None:
     for room in ROOMS:
         app.include_router(room.router)
     app.mount("/static", Assets(), name="static")
+    app.add_exception_handler(HTTPException, _readable(app.exception_handlers[HTTPException]))
+
+
+def _readable(as_json: Handler) -> Handler:
+    """Returns what answers errors of HTTP itself: a page to who looks for one that is not there, else `as_json`."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        looks = request.method == "GET" and "text/html" in request.headers.get("Accept", "")
+        return nowhere(request) if looks and error.status_code == 404 else await as_json(request, error)
+
+    return answer

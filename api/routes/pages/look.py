@@ -139,11 +139,20 @@ class PageRoute(APIRoute):
                 response = _to_sign_in(request)
             except (SitterError, RequestValidationError, HTTPException) as error:
                 response = _wrong(request, as_ours(error))
-            for name, value in HEADERS.items():
-                response.headers.setdefault(name, value)
-            return response
+            return _framed(response)
 
         return answer
+
+
+def nowhere(request: Request) -> Response:
+    """Returns the answer to a browser at an address that leads nowhere."""
+    return _framed(_wrong(request, NotFound("there is no such page", "Check the address, or go on from Create.")))
+
+
+def _framed(response: Response) -> Response:
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
 
 
 def _to_sign_in(request: Request) -> Response:

@@ -263,7 +263,7 @@
     } else if (pressed.key === "/") {
       pressed.preventDefault();
       document.getElementById("words")?.focus();
-    } else if (pressed.key === "?") document.getElementById("keys").togglePopover();
+    } else if (pressed.key === "?") document.getElementById("keys")?.togglePopover();
     else if (pressed.key === "Escape") selecting(false);
     else if (!form() || (!tile && at !== document.body)) return;
     else if (pressed.key in STEPS) move(pressed);

@@ -24,12 +24,6 @@ on("click", "[data-copy]", async (button) => {
   setTimeout(() => (button.textContent = says), COPIED_MS);
 });
 
-// The time where the reader is.
-for (const time of document.querySelectorAll("time[datetime]")) {
-  const format = { dateStyle: "medium", timeStyle: "short" };
-  time.textContent = new Date(time.dateTime).toLocaleString(document.documentElement.lang, format);
-}
-
 // Deleted, and still to be undone; whoever leaves the page meanwhile meant it.
 let going = null;
 const main = document.getElementById("main"), notice = document.getElementById("notice");

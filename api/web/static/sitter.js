@@ -38,7 +38,7 @@ on("input", "#seed", (seed) => {
 
 document.addEventListener("keydown", (pressed) => {
   const form = document.querySelector("#compose, #plan");
-  if (form && pressed.key === "Enter" && (pressed.ctrlKey || pressed.metaKey)) form.requestSubmit();
+  if (form && pressed.key === "Enter" && (pressed.ctrlKey || pressed.metaKey) && !pressed.repeat) form.requestSubmit();
 });
 
 // Where there is room for all of the page, what one types goes into the prompt at once.
@@ -53,9 +53,50 @@ const restoreDraft = () => {
 on("input", "[data-draft] textarea", (draft) => sessionStorage.setItem("draft", draft.value));
 restoreDraft();
 
+// What one asked for comes into view: on a phone it stands above the form.
+const newest = () => document.querySelector("#jobs > .live");
+let asked = null;
+on("submit", "#compose", () => (asked = { after: newest()?.id }));
+const lookAtIt = () => {
+  if (!asked || !newest() || newest().id === asked.after) return;
+  asked = null;
+  newest().querySelector(".canvas").scrollIntoView({ block: "nearest" });
+};
+
+// Who stood on a button that went with what it was for goes on from what came in its place.
+let around = "";
+for (const event of ["focusin", "pointerdown"])
+  document.addEventListener(event, ({ target }) => (around = target.closest(".live, #facts")?.id ?? ""));
+const goOn = () => {
+  const place = around && document.activeElement === document.body && document.getElementById(around);
+  if (place) (place.querySelector(".line a, .line button:enabled") ?? place).focus({ preventScroll: true });
+};
+
+// The last that was seen of a picture stays behind it until it is there.
+let previews = [];
+const keepPreviews = () => {
+  for (const { id, src } of previews) {
+    const drawn = document.querySelector(`#${id} .canvas a img`);
+    if (drawn) drawn.style.backgroundImage = `url(${src})`;
+  }
+  previews = [...document.querySelectorAll("#jobs .sharpening")].map(({ src, parentElement }) => ({ id: parentElement.parentElement.id, src }));
+};
+
+// The time where the reader is.
+const localTimes = () => {
+  const format = { dateStyle: "medium", timeStyle: "short" };
+  for (const time of document.querySelectorAll("time[data-local]"))
+    time.textContent = new Date(time.dateTime).toLocaleString(document.documentElement.lang, format);
+};
+localTimes();
+
 // Once something is drawn, what stood in its place goes.
 document.addEventListener("htmx:after:swap", () => {
   restoreDraft();
+  lookAtIt();
+  goOn();
+  keepPreviews();
+  localTimes();
   if (document.querySelector("#jobs > .live")) {
     document.querySelector(".stage > .empty")?.remove();
     const lately = document.getElementById("lately");
