@@ -1,6 +1,7 @@
 """The pages that people look at: templates filled in with what the API's own functions return."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -26,7 +27,7 @@ from api.routes.pages import (
 from api.routes.pages.assets import Assets
 from api.routes.pages.look import nowhere
 
-Handler = Callable[[Request, Exception], Awaitable[Response]]
+Handler = Callable[[Request, Any], Any]
 
 ROOMS = (
     *(create, live, gallery, picture, compare, dropped, grid),
@@ -49,6 +50,7 @@ def _readable(as_json: Handler) -> Handler:
     async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         looks = request.method == "GET" and "text/html" in request.headers.get("Accept", "")
-        return nowhere(request) if looks and error.status_code == 404 else await as_json(request, error)
+        response: Response = nowhere(request) if looks and error.status_code == 404 else await as_json(request, error)
+        return response
 
     return answer
