@@ -109,6 +109,15 @@ async def page(
         return await _described(session, vault, caller, listed)
 
 
+async def drawn_lately(database: Database, owner: str | None, most: int) -> list[tuple[str, str]]:
+    """Returns the ids of a user's last pictures, newest first, and of the models that drew them; None is everybody."""
+    listed = select(tables.Image.id, tables.Image.model_id).order_by(tables.Image.id.desc()).limit(most)
+    if owner is not None:
+        listed = listed.where(tables.Image.user_id == owner)
+    async with database.reading() as session:
+        return [(image_id, model_id) for image_id, model_id in await session.execute(listed)]
+
+
 def _drawn_by(model: str) -> ColumnElement[bool]:
     """Pictures name each model that drew with its version, `eve/eve@1+eve/bob@2`; configured ones have none."""
     named, begin = tables.Image.model_id, f"{model}@"

@@ -76,6 +76,25 @@ async def find(registry: Registry, caller: Caller, model_id: str) -> Model:
         return (await described(session, [await _get(session, caller, model_id)]))[0]
 
 
+async def named(registry: Registry, caller: Caller, user_id: str, name: str) -> Model:
+    """Returns the model that a user calls so. Raises NotFound when there is none that the caller may see."""
+    wanted = select(tables.Model).where(tables.Model.user_id == user_id, tables.Model.name == name)
+    async with registry.database.reading() as session:
+        if caller.may_see(user_id) and (model := await session.scalar(wanted)):
+            return (await described(session, [model]))[0]
+    if caller.may_see(user_id) and name == DEFAULT_USER and user_id in registry.settings.user_models:
+        return configured(registry.settings, user_id)
+    raise NotFound("there is no such model")
+
+
+async def published(registry: Registry, models: Collection[Model]) -> dict[str, Version]:
+    """Returns the versions that draw, by the ids of their models, which the caller has to be allowed to see."""
+    wanted = select(tables.Model, ModelVersion).join(ModelVersion, ModelVersion.id == tables.Model.published_id)
+    async with registry.database.reading() as session:
+        found = await session.execute(wanted.where(tables.Model.id.in_([model.id for model in models])))
+        return {model.id: version_of(model, version) for model, version in found}
+
+
 async def versions(
     registry: Registry, caller: Caller, model_id: str, before: int | None = None, limit: int | None = None
 ) -> list[Version]:

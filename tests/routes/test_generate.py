@@ -38,13 +38,6 @@ def test_a_prompt_that_was_cut_is_told_in_a_header_without_its_words(client: Tes
     assert negative_prompt.startswith("The negative prompt is too long")
 
 
-def test_the_root_leads_to_the_docs(client: TestClient) -> None:
-    answer = client.get("/", follow_redirects=False)
-    assert (answer.status_code, answer.headers["Location"]) == (307, "/docs")
-    assert client.get("/").text == client.get("/docs").text
-    assert "/" not in client.get("/openapi.json").json()["paths"]
-
-
 def test_a_path_with_a_slash_too_many_is_not_found(client: TestClient) -> None:
     answer = client.post("/generate/", json=SMALL, follow_redirects=False)
     assert (answer.status_code, answer.json()["error"]) == (404, "not_found")

@@ -60,7 +60,7 @@ async def studio(
     request: Request, visitor: Visitor, service: Service, draft: dict[str, Any], left_out: Sequence[str] = ()
 ) -> Response:
     """Returns the page to draw on, its form filled in with `draft`; `left_out` is what that should say and cannot."""
-    everybody = await sitters(service, visitor)
+    everybody = await sitters(service, visitor, draft.get("who"))
     found = await cards.lately(service, visitor)
     return page(
         request,

@@ -133,7 +133,7 @@ async def download(grid_id: GridId, visitor: VisitorDep, service: ServiceDep, ho
 async def _form(
     request: Request, visitor: Visitor, service: Service, draft: dict[str, Any], error: SitterError | None
 ) -> Response:
-    everybody = await sitters(service, visitor)
+    everybody = await sitters(service, visitor, draft.get("who"))
     suggested = suggestions(everybody)
     filled = defaults() | FIRST | {f"{side}_values": suggested[axis] for side, axis in FIRST.items()} | draft
     return page(

@@ -1,9 +1,10 @@
 """/people: whom the visitor may draw: their pictures, versions and consent."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Form, Request, Response
+from fastapi import APIRouter, Form, Query, Request, Response
 
 from api.config import DEFAULT_USER
 from api.domain import history, registry
@@ -13,7 +14,7 @@ from api.routes import forms
 from api.routes.models import ModelId, Number
 from api.routes.pages.curve import Curve, curve
 from api.routes.pages.look import PageRoute, go, page
-from api.routes.pages.sitters import SKS, drawn_with, pictures_of, value_of
+from api.routes.pages.sitters import MOST, SKS, faces_of, pictures_of, value_of
 from api.routes.pages.training import under_way
 from api.routes.pages.visitor import Visitor, VisitorDep
 from api.routes.service import ServiceDep
@@ -63,22 +64,28 @@ class Person:
 
 
 @router.get("/people")
-async def people(request: Request, visitor: VisitorDep, service: ServiceDep) -> Response:
-    """Everybody whom the visitor may draw, or soon can."""
+async def people(
+    request: Request, visitor: VisitorDep, service: ServiceDep, sheet: Annotated[int, Query(ge=1, le=1000)] = 1
+) -> Response:
+    """Everybody whom the visitor may draw, or soon can: MOST on a sheet."""
     training = await under_way(service, visitor)
     models = await registry.page(service.registry, visitor.caller, visitor.caller.user_id)
-    everybody = [await _person(service, visitor, model, training.get(model.id)) for model in models]
+    is_last, models = len(models) <= sheet * MOST, models[(sheet - 1) * MOST : sheet * MOST]
+    faces = await faces_of(service, visitor, models, FACES)
+    everybody = [await _person(service, visitor, model, training.get(model.id), faces) for model in models]
     own = [person for person in everybody if person.model.status != "configured"]
     others = [person for person in everybody if person.model.status == "configured" and person.draws]
     others.sort(key=lambda person: person.name == "")  # nobody comes last
-    return page(request, visitor, "people.html", own=own, others=others, live=any(one.training for one in own))
+    live, more = any(one.training for one in own), None if is_last else f"/people?sheet={sheet + 1}"
+    return page(request, visitor, "people.html", own=own, others=others, live=live, sheet=sheet, more=more)
 
 
 @router.get("/people/{model_id}")
 async def person(request: Request, model_id: ModelId, visitor: VisitorDep, service: ServiceDep) -> Response:
     """One of them: every version, how it was made, and what may be done about it."""
     model = await registry.find(service.registry, visitor.caller, model_id)
-    one = await _person(service, visitor, model, (await under_way(service, visitor)).get(model.id))
+    faces = await faces_of(service, visitor, [model], FACES)
+    one = await _person(service, visitor, model, (await under_way(service, visitor)).get(model.id), faces)
     made = await registry.versions(service.registry, visitor.caller, model.id)
     shown = [(version, pictures_of(version), await _curve(service, visitor, version)) for version in made]
     statement = STATEMENTS[model.consent.statement] if model.consent else None
@@ -134,10 +141,12 @@ async def _confirm(service: Service, visitor: Visitor, model_id: str, typed: str
         raise InvalidRequest("nothing was deleted: that is not the name", f"Type {model.name} to go on.")
 
 
-async def _person(service: Service, visitor: Visitor, model: Model, training: Job | None) -> Person:
+async def _person(
+    service: Service, visitor: Visitor, model: Model, training: Job | None, faces: Mapping[str, list[str]]
+) -> Person:
     made = await registry.versions(service.registry, visitor.caller, model.id) if model.versions else []
     version = next((one for one in made if one.published), made[0] if made else None)
-    faces = pictures_of(version)[:FACES] if version else []
+    samples = pictures_of(version)[:FACES] if version else []
     token = model.token
     if model.status == "configured":
         token = None if model.user_id == DEFAULT_USER else SKS
@@ -145,7 +154,7 @@ async def _person(service: Service, visitor: Visitor, model: Model, training: Jo
         model,
         value_of(service, visitor, model),
         token,
-        faces or await drawn_with(service, visitor, model, FACES),
+        samples or faces.get(model.id, []),
         version,
         training,
         model.model_id in service.models.warm(),
