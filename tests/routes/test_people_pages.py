@@ -12,6 +12,7 @@ from sqlalchemy import select, update
 from api.domain.history import expected_training_seconds
 from api.domain.photos import choose
 from api.routes.pages.curve import HEIGHT, MARGIN, WIDTH, curve
+from api.routes.pages.sitters import MOST
 from api.store.database import Database
 from api.store.models import ModelFolder
 from api.store.tables import Model, ModelVersion, Request, new_id
@@ -249,3 +250,28 @@ async def test_the_last_trainings_say_how_long_the_next_one_takes(
 async def _newest(database: Database) -> str:
     async with database.reading() as session:
         return (await session.scalars(select(ModelVersion.id).order_by(ModelVersion.id.desc()))).first() or ""
+
+
+async def test_of_many_the_newest_are_offered_and_whoever_is_asked_for(
+    ada: Session, bo: Session, database: Database, folder: ModelFolder
+) -> None:
+    for number in range(MOST + 5):
+        await add_model(database, folder, "ada", f"model-{number}")
+    await add_model(database, folder, "bo", "eve")
+
+    async def offered(path: str) -> list[str]:
+        return re.findall(r'name="who" value="([^"]+)"', (await ada.get(path)).text)
+
+    shown = await offered("/")
+    assert len(shown) == MOST
+    assert shown[0] == f"ada/model-{MOST + 4}"
+    assert shown[-1] == "ada/default"
+    assert set(await offered("/?who=ada/model-0")) == {*shown, "ada/model-0"}
+    assert await offered("/?who=bo/eve") == shown
+    people = (await ada.get("/people")).text
+    more = re.findall(r'href="(/people\?sheet=\d+)"', people)
+    assert more == ["/people?sheet=2"]
+    rest = (await ada.get(more[0])).text
+    names = set(re.findall(r"model-\d+", people + rest))
+    assert names == {f"model-{number}" for number in range(MOST + 5)}
+    assert "sheet=3" not in rest

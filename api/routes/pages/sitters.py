@@ -43,8 +43,11 @@ async def sitters(service: Service, visitor: Visitor, asked: str | None = None) 
     Of more than MOST those are left out that are made first, but never whose value was `asked` for.
     """
     listed = await registry.page(service.registry, visitor.caller, None, limit=MOST)
-    default = described.configured(service.settings, DEFAULT_USER)
-    models = {value_of(service, visitor, model): model for model in [*listed[: MOST - 1], default]}
+    user_id = visitor.caller.user_id
+    always = described.configured(
+        service.settings, user_id if user_id in service.settings.user_models else DEFAULT_USER
+    )
+    models = {value_of(service, visitor, model): model for model in [*listed[: MOST - 1], always]}
     if asked and asked not in models:
         with suppress(NotFound):
             models[asked] = await registry.named(service.registry, visitor.caller, *asked.partition("/")[::2])
