@@ -35,8 +35,8 @@ run: $(VENV)/setup.stamp ## start the service (HOST, PORT and every other settin
 test: $(VENV)/dev.stamp ## run every test, in JOBS=2 processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
 
-chaos: $(VENV)/dev.stamp ## kill, stop and starve servers and workers for an hour, SCALE=20 times what `make test` does
-	CHAOS_SCALE=$(SCALE) $(BIN)/python -m pytest tests/chaos $(ARGS)
+chaos: $(VENV)/dev.stamp ## kill, stop and starve servers and workers for an hour, SCALE=20 times what `make test` does; train the bundled model, tiny
+	CHAOS_SCALE=$(SCALE) $(BIN)/python -m pytest tests/chaos tests/training/test_make.py $(ARGS)
 
 fuzz: $(VENV)/dev.stamp ## send requests, photos and models of all kinds, right and wrong, SCALE=20 times what `make test` does
 	FUZZ_SCALE=$(SCALE) $(BIN)/python -m pytest tests/e2e/test_openapi_fuzz.py tests/domain/test_photos.py \

@@ -21,6 +21,8 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 SERIOUS = {"serious", "critical"}
 PATIENCE = 180_000.0  # milliseconds until something that never happens fails a test, on a machine that is busy
 SIZES = {"laptop": (1280, 860), "phone": (390, 844)}
+# Each size and each light once: what is laid out does not depend on the light, nor the contrast on the size.
+both_looks = pytest.mark.parametrize(("size", "dark"), [("laptop", False), ("phone", True)])
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,10 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
 from tests.e2e.server import Server
-from tests.pages.conftest import Visits, add_user
+from tests.pages.conftest import Visits, add_user, both_looks
 from tests.people import PASSWORD
 
 EVIL = '<img src=x onerror="alert(1)"> laptop'
@@ -16,7 +15,7 @@ def status_with(server: Server, key: str) -> int:
     return server.client.get("/me", headers={"Authorization": f"Bearer {key}"}).status_code
 
 
-@pytest.mark.parametrize(("size", "dark"), [("laptop", False), ("phone", True)])
+@both_looks
 def test_a_key_is_made_shown_once_and_revoked(visits: Visits, house: Server, size: str, dark: bool) -> None:
     with visits(size, dark, house) as visit:
         page = visit.sign_in("ada", "/account")

@@ -3,13 +3,12 @@
 import pytest
 from playwright.sync_api import expect
 
-from tests.pages.conftest import Visits
+from tests.pages.conftest import Visits, both_looks
 
 PROMPT = "photo of sks person as a knight in a castle"
 
 
-@pytest.mark.parametrize("size", ["laptop", "phone"])
-@pytest.mark.parametrize("dark", [False, True])
+@both_looks
 def test_type_watch_it_appear_keep_it(visits: Visits, size: str, dark: bool) -> None:
     with visits(size, dark) as visit:
         page = visit.go("/")

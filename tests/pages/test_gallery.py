@@ -20,7 +20,7 @@ from api.store.files import PictureFolder, blur
 from api.store.tables import ImageTag, Request, User
 from tests import rows
 from tests.e2e.server import Server
-from tests.pages.conftest import Visits
+from tests.pages.conftest import Visits, both_looks
 
 COUNT = SHEET + 30
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -80,8 +80,7 @@ def focused(page: Page, number: int) -> None:
     expect(tile(page, number).locator("a")).to_be_focused()
 
 
-@pytest.mark.parametrize("size", ["laptop", "phone"])
-@pytest.mark.parametrize("dark", [False, True])
+@both_looks
 def test_scrolling_and_finding(visits: Visits, wall: Server, size: str, dark: bool) -> None:
     hang(wall, [*numbered(), EVIL])
     with visits(size, dark, server=wall) as visit:

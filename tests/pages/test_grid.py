@@ -2,12 +2,11 @@
 
 import io
 
-import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.e2e.server import Server
-from tests.pages.conftest import Visits
+from tests.pages.conftest import Visits, both_looks
 
 
 def fill(page: Page, prompt: str, x: str, x_values: str, y: str, y_values: str) -> None:
@@ -19,8 +18,7 @@ def fill(page: Page, prompt: str, x: str, x_values: str, y: str, y_values: str) 
             page.locator(f"#{side}_values").press("Tab")
 
 
-@pytest.mark.parametrize("size", ["laptop", "phone"])
-@pytest.mark.parametrize("dark", [False, True])
+@both_looks
 def test_a_grid_is_drawn_and_watched(visits: Visits, studio: Server, size: str, dark: bool) -> None:
     with visits(size, dark) as visit:
         page = visit.go("/grid")

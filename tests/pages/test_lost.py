@@ -47,8 +47,8 @@ def test_the_server_starts_again_and_the_page_goes_on(visits: Visits, tmp_path: 
     prompt = "photo of a person, across a restart"
     with Server(tmp_path) as server, visits(server=server) as visit:
         page = visit.go("/")
-        draw(page, prompt, steps=150)
-        expect(page.locator(".live", has_text=prompt).get_by_text("of 150 steps")).to_be_visible()
+        draw(page, prompt, steps=60)
+        expect(page.locator(".live", has_text=prompt).get_by_text("of 60 steps")).to_be_visible()
         server.stop()
         server.start()
         expect_done(page, prompt)

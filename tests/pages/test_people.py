@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import FilePayload, Page, expect
 
 from tests.e2e.server import ROOT, Server
-from tests.pages.conftest import Visits
+from tests.pages.conftest import Visits, both_looks
 
 EVE = sorted((ROOT / "docs/pictures/eve").glob("*.webp"))
 README = ROOT / "README.md"
@@ -38,8 +38,7 @@ def press(page: Page) -> None:
     expect(page).to_have_url(re.compile("/people/training/"))
 
 
-@pytest.mark.parametrize("size", ["laptop", "phone"])
-@pytest.mark.parametrize("dark", [False, True])
+@both_looks
 def test_from_pictures_to_somebody_who_is_drawn(visits: Visits, small: Server, size: str, dark: bool) -> None:
     name = f"eve-{size}-{'dark' if dark else 'light'}"
     with visits(size, dark, server=small) as visit:
@@ -177,7 +176,7 @@ def test_a_training_is_stopped(visits: Visits, small: Server) -> None:
 def test_it_goes_on_when_the_server_was_away(visits: Visits, base_folder: Path, tmp_path: Path) -> None:
     with Server(tmp_path, {"default": str(base_folder)}) as server, visits(server=server) as visit:
         page = visit.go("/people/new")
-        fill(page, "hal", Steps=300)
+        fill(page, "hal", Steps=120)
         press(page)
         expect(page.get_by_role("img", name="Loss from")).to_be_visible(timeout=TRAINED)
         server.stop()

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.server import Server
-from tests.pages.conftest import Visits
+from tests.pages.conftest import Visits, both_looks
 from tests.waiting import until
 
 QUICK = {"num_inference_steps": 2, "user_id": "ada", "width": 256, "height": 256}
@@ -26,8 +26,7 @@ def fits(page: Page) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
 
 
-@pytest.mark.parametrize("size", ["laptop", "phone"])
-@pytest.mark.parametrize("dark", [False, True])
+@both_looks
 def test_a_picture_is_looked_at(visits: Visits, studio: Server, size: str, dark: bool) -> None:
     older = draw(studio, "photo of sks person on a beach", negative_prompt="hat")
     newer = draw(studio, "photo of sks person in a forest")

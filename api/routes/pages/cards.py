@@ -67,7 +67,10 @@ async def lately(service: Service, visitor: Visitor) -> list[Seen]:
     drawn = [seen for seen in there if seen.job.kind == "draw" and not is_cell(seen.job)]
     since = datetime.now(UTC) - STAYS
     fresh = [seen for seen in drawn[1:] if seen.job.finished_at is None or seen.job.finished_at > since]
-    return [await history.look(service.database, seen.job) for seen in drawn[:1] + fresh]
+    return [
+        seen if seen.job.status in ENDED else await history.look(service.database, seen.job)
+        for seen in drawn[:1] + fresh
+    ]
 
 
 async def cards(service: Service, visitor: Visitor, seen: Sequence[Seen]) -> list[Card]:

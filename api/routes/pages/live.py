@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
+from weakref import WeakValueDictionary
 
 import structlog
 from fastapi import APIRouter, Depends
@@ -29,7 +30,7 @@ log = structlog.get_logger()
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 LATELY = 16
-AT_LEAST = 0.2  # seconds between two looks: no eye sees more
+AT_LEAST = 0.5  # seconds between two looks
 State = tuple[str, int, int | None, int, int]
 
 
@@ -54,28 +55,69 @@ async def live(visitor: VisitorDep, service: ServiceDep, how: HowDep) -> AsyncIt
 
 
 async def _changes(visitor: Visitor, service: Service, how: Reading) -> AsyncGenerator[str]:
-    told, authenticated = set[State](), time.monotonic()
+    told, authenticated, channel = frozenset[State](), time.monotonic(), _channel_of(service, visitor, how)
     while not service.worker.draining:
-        found = await cards.lately(service, visitor)
-        states = {_state(seen) for seen in found}
-        if news := states - told:  # what only went stays on the page: somebody may be looking at it
-            ended = {seen.job.id for seen in found if seen.job.status in ENDED} & {state[0] for state in news}
-            told = states
-            yield await changed(service, visitor, how, found, with_pictures=bool(ended))
-        await asyncio.sleep(AT_LEAST)
-        await change(service.wake, [seen.job.id for seen in found if seen.job.status not in ENDED])
+        seen = await channel.look(service, visitor, how)
+        if news := seen.states - told:  # what only went stays on the page: somebody may be looking at it
+            told, ended = seen.states, any(state[0] in seen.ended for state in news)
+            yield seen.jobs + seen.pictures if ended else seen.jobs
+        await change(service.wake, seen.active)
         if time.monotonic() - authenticated >= REAUTH_SECONDS:
             visitor = replace(visitor, caller=await identify(service.accounts, visitor.sent))
-            authenticated = time.monotonic()
+            channel, authenticated = _channel_of(service, visitor, how), time.monotonic()
 
 
-async def changed(
-    service: Service, visitor: Visitor, how: Reading, found: Sequence[Seen], *, with_pictures: bool
-) -> str:
-    """Returns the HTML that puts these jobs where those stood that were there, and new pictures among the others."""
-    drawn = await pictures(service, visitor) if with_pictures else []
-    shown = await cards.cards(service, visitor, found)
-    return render(how, "_changed.html", visitor=visitor, cards=shown, lately=drawn)
+@dataclass(frozen=True)
+class _Look:
+    """A visitor's drawings at one moment, and the HTML that puts them, and pictures, where those stood that were."""
+
+    states: frozenset[State]
+    ended: frozenset[str]
+    active: list[str]
+    jobs: str
+    pictures: str
+
+
+class _Channel:
+    """What all streams of one session show: looked up and written once, however many pages are open."""
+
+    def __init__(self) -> None:
+        self._last: _Look | None = None
+        self._next: asyncio.Task[_Look] | None = None
+        self._begun = -AT_LEAST
+
+    async def look(self, service: Service, visitor: Visitor, how: Reading) -> _Look:
+        """Returns how it is once this was asked, AT_LEAST after the last look; who asks meanwhile shares it."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._look(service, visitor, how))
+        return await asyncio.shield(self._next)  # a stream that ends shall not end it in the middle of a query
+
+    async def _look(self, service: Service, visitor: Visitor, how: Reading) -> _Look:
+        await asyncio.sleep(self._begun + AT_LEAST - time.monotonic())
+        self._begun, self._next = time.monotonic(), None  # whoever asks from now on may know of something newer
+        found, last = await cards.lately(service, visitor), self._last
+        states = frozenset(map(_state, found))
+        if last is not None and last.states == states:
+            return last
+        ended = frozenset(seen.job.id for seen in found if seen.job.status in ENDED)
+        jobs = render(how, "_changed.html", visitor=visitor, cards=await cards.cards(service, visitor, found))
+        if last is not None and last.ended == ended:
+            drawn = last.pictures
+        else:
+            drawn = render(how, "_drawn.html", visitor=visitor, lately=await pictures(service, visitor))
+        active = [seen.job.id for seen in found if seen.job.status not in ENDED]
+        self._last = _Look(states, ended, active, jobs, drawn)
+        return self._last
+
+
+_channels = WeakValueDictionary[tuple[object, ...], _Channel]()  # a stream holds its own
+
+
+def _channel_of(service: Service, visitor: Visitor, how: Reading) -> _Channel:
+    """Returns the channel of everything that what a stream shows depends on."""
+    caller = visitor.caller
+    key = (service.wake, caller.user_id, caller.is_admin, caller.scopes, visitor.csrf_token, how)
+    return _channels.setdefault(key, _Channel())
 
 
 async def pictures(service: Service, visitor: Visitor) -> list[Image]:
