@@ -35,6 +35,7 @@ log = structlog.get_logger()
 
 TURN_SECONDS = 1.0
 MOST_CREDIT = 1.0  # seconds that what runs behind may save up
+GRACE_SECONDS = 0.25  # for which who was drawn for counts as there: a picture is still to be decoded, the next follows
 
 
 class Batch:
@@ -59,6 +60,7 @@ class Batch:
         self._takes_work = takes_work
         self._share = share
         self._credit = 0.0  # seconds that what runs behind may take while there are tasks
+        self._front_until = 0.0  # when the last in front count as gone
         self._work: deque[_Work] = deque()
         self._work_behind: deque[_Work] = deque()
         self._most_rows = most_rows
@@ -150,13 +152,21 @@ class Batch:
             with self._changed:
                 if not self._tasks:
                     self._most_cost = math.inf  # whoever comes next may find more memory
-                self._changed.wait_for(lambda: self._tasks or self._work or self._work_behind or self._stopping)
+                grace = self._front_until - time.perf_counter()
+                if not self._changed.wait_for(self._has_turn, grace if grace > 0 else None):
+                    continue
                 if self._stopping:
                     self._end(self._tasks, ShuttingDown("the server is stopping"))
                     for done, _ in (*self._work, *self._work_behind):
                         done.set_exception(ShuttingDown("the server is stopping"))
                     return
             self._turn_once()  # whose locals keep nothing alive while the loop waits
+
+    def _has_turn(self) -> bool:
+        """Whether there is something to do now, or an end."""
+        if self._stopping or self._work or any(not task.behind for task in self._tasks):
+            return True
+        return bool(self._work_behind or self._tasks) and self._may_run_behind()
 
     def _turn_once(self) -> None:
         self._do_work()
@@ -176,22 +186,32 @@ class Batch:
         with self._changed:
             if self._work:
                 work, behind = self._work.popleft(), False
-            elif self._work_behind and (self._credit > 0 or not self._in_front()):
+            elif self._work_behind and self._may_run_behind():
                 work, behind = self._work_behind.popleft(), True
             else:
                 return
         began = time.perf_counter()
         settle(*work)
+        now = time.perf_counter()
         if behind:
-            self._credit -= time.perf_counter() - began if self._in_front() else max(0.0, self._credit)
+            self._credit -= now - began if self._in_front() else max(0.0, self._credit)
+        elif began < self._front_until:  # a decoding, say
+            self._front_until = now + GRACE_SECONDS
 
     def _in_front(self) -> bool:
-        """Whether somebody waits before whom others have to give way."""
-        return any(not task.behind for task in self._tasks)
+        """Whether somebody is there before whom others have to give way, or was a moment ago."""
+        return time.perf_counter() < self._front_until or any(not task.behind for task in self._tasks)
+
+    def _may_run_behind(self) -> bool:
+        return self._credit > 0 or not self._in_front()
 
     def _schedule(self, waiting: list[Task]) -> list[Task]:
         """Returns the tasks of the next step: those that give way in their share of the time, or where no other can."""
-        in_front = [] if self._credit > 0 else [task for task in waiting if not task.behind]
+        in_front = [task for task in waiting if not task.behind]
+        if self._credit > 0:
+            return self._choose(waiting)
+        if not in_front and self._in_front():
+            return []
         return self._choose(in_front) or self._choose(waiting)
 
     def _choose(self, waiting: list[Task]) -> list[Task]:
@@ -267,6 +287,8 @@ class Batch:
         rows = sum(task.rows for task in tasks)
         a_row = seconds / rows
         behind = a_row * sum(task.rows for task in tasks if task.behind)
+        if any(not task.behind for task in tasks):
+            self._front_until = time.perf_counter() + GRACE_SECONDS
         earned = (seconds - behind) * self._share / (1 - self._share)
         self._credit = min(MOST_CREDIT, self._credit + earned - (behind if self._in_front() else 0.0))
         if self._knee is not None:

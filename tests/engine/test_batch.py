@@ -21,6 +21,7 @@ from api.engine.tasks import OnCall
 from api.errors import BadPicture, Cancelled, OutOfMemory, ShuttingDown
 from tests import crowd
 from tests.crowd import NOBODY, Crowd, Wish
+from tests.waiting import until
 
 PATIENCE = 120.0
 RANKS = {"user0": 2, "user1": 4, "user2": 16, "user3": 64, "too much": 129}
@@ -288,6 +289,22 @@ def test_what_runs_behind_has_its_share_while_there_are_tasks(users: Crowd, monk
     assert during
     for one, later in itertools.pairwise(during):
         assert later - one >= 2  # a quarter of the time: three steps, or what is left of a credit
+
+
+def test_what_runs_behind_waits_for_who_was_there_just_now(users: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.engine.batch.GRACE_SECONDS", 3600.0)
+    batch, done = Batch(most_rows=6, takes_work=True), list[str]()
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            batch.draw(users.task(Wish("user1")))
+            behind = threads.submit(batch.run_behind, lambda: done.append("behind"))
+            until(lambda: bool(batch._work_behind))
+            batch.run(lambda: done.append("decoded"))
+            batch.draw(users.task(Wish("user2")))
+            assert (done, behind.done()) == (["decoded"], False)
+        finally:
+            batch.close()
+        assert isinstance(behind.exception(PATIENCE), ShuttingDown)
 
 
 def test_closing_ends_what_waits_behind(users: Crowd) -> None:
