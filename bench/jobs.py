@@ -1,7 +1,6 @@
 """What the queue costs: jobs accepted per second over HTTP, and what a job adds to the bare drawing."""
 
 import asyncio
-import socket
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from api.schemas import GenerateRequest, Timings
 from api.store.tables import Request
 from api.wiring import Service, open_service, working
 from bench.figures import Figure, at_least, at_most
+from bench.served import free_port, served
 
 RATE = 200  # submits per second that are offered
 SECONDS = 15
@@ -104,28 +104,9 @@ async def _serving(queued: int, workers: int) -> AsyncIterator[httpx2.AsyncClien
             for start in range(0, queued, 500):
                 orders = (Order(SMALL, f"user{i % USERS}") for i in range(start, start + 500))
                 await asyncio.gather(*(service.desk.submit(order) for order in orders))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        server = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.jobs", name, str(workers), port)
-        try:
-            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                await until_it_answers(client)
-                yield client
-        finally:
-            server.terminate()
-            await server.wait()
-
-
-async def until_it_answers(client: httpx2.AsyncClient) -> None:
-    """Returns once the server behind `client` listens; after a minute it raises TimeoutError."""
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                await client.get("/health")
-            except httpx2.ConnectError:
-                await asyncio.sleep(0.1)
-            else:
-                return
+        port = free_port()
+        async with served(port, "-m", "bench.jobs", name, str(workers), port) as client:
+            yield client
 
 
 async def _overhead() -> Figure:

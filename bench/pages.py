@@ -1,12 +1,9 @@
 """What the pages cost: the wire, the browser, and the drawings of everybody while people watch them."""
 
 import asyncio
-import os
 import re
 import shutil
-import socket
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +15,7 @@ import psutil
 from playwright.async_api import Page, async_playwright
 
 from bench.figures import Figure, at_most
-from bench.jobs import until_it_answers
+from bench.served import free_port, served
 
 WATCHERS = 20
 ROUNDS = 4
@@ -49,20 +46,11 @@ async def _figures() -> list[Figure]:
 @asynccontextmanager
 async def _serving() -> AsyncIterator[httpx2.AsyncClient]:
     """A server as it comes, in a process of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = free_port()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         places = {"PORT": port, "DATA_DIR": f"{folder}/data", "OUTPUT_DIR": f"{folder}/output", "LOG_LEVEL": "error"}
-        command = (sys.executable, "-c", "from api.cli import app; app()", "serve")
-        quiet = asyncio.subprocess.DEVNULL
-        server = await asyncio.create_subprocess_exec(*command, env={**os.environ, **places}, stdout=quiet)
-        try:
-            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-                await until_it_answers(client)
-                yield client
-        finally:
-            server.terminate()
-            await server.wait()
+        async with served(port, "-c", "from api.cli import app; app()", "serve", **places) as client:
+            yield client
 
 
 async def _draw(client: httpx2.AsyncClient) -> float:

@@ -3,8 +3,8 @@
 import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from typing import Annotated, Any
+from contextlib import aclosing, asynccontextmanager
+from typing import Annotated, Any, TypeVar
 
 import structlog
 from fastapi import APIRouter, Body, Depends, Header, Path, Query, Response
@@ -30,6 +30,8 @@ from api.wiring import Service
 
 log = structlog.get_logger()
 router = APIRouter(prefix="/jobs", tags=["Jobs"])
+
+T = TypeVar("T")
 
 REAUTH_SECONDS = 30.0  # how long whoever follows a job may do so by a credential that has ended
 
@@ -165,6 +167,16 @@ class Events(EventSourceResponse):
     media_type = ""
 
 
+@asynccontextmanager
+async def streamed(events: AsyncGenerator[T]) -> AsyncIterator[AsyncGenerator[T]]:
+    """Closes what a stream sends at its end, which an error of ours is, too."""
+    try:
+        async with aclosing(events):
+            yield events
+    except SitterError as error:  # who comes back is told by the status of that answer
+        log.info("stream_ended", code=error.code)
+
+
 LastEventId = Annotated[int | None, Header(description="Go on after this event.", ge=0)]
 
 
@@ -198,12 +210,9 @@ async def follow_job(
     Of a training: `queued`, `checking`, `caching`, `step`, `sample`, `validating`, `publishing`, `warming`, the end.
     Every event's data is the job; that of a preview or sample is `{"step", "jpeg"}`, a small picture in base64.
     """
-    try:
-        async with aclosing(_events(seen, service, caller, sent, last_event_id)) as events:
-            async for event in events:
-                yield event
-    except SitterError as error:  # who comes back is told by the status of that answer
-        log.info("stream_ended", code=error.code)
+    async with streamed(_events(seen, service, caller, sent, last_event_id)) as events:
+        async for event in events:
+            yield event
 
 
 async def _events(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
 
 from tests.e2e.server import Server
 from tests.people import PASSWORD
@@ -102,6 +102,14 @@ class Visit:
         found: dict[str, Any] = self.page.evaluate("axe.run()")
         serious = [f"{one['id']}: {one['nodes'][0]['html']}" for one in found["violations"] if one["impact"] in SERIOUS]
         assert not serious, serious
+
+
+def draw(page: Page, prompt: str, steps: int = 2) -> Locator:
+    """Has the page to draw on draw, and returns the card of it."""
+    page.get_by_label("What to draw").fill(prompt)
+    page.get_by_role("slider", name="Steps").fill(str(steps))
+    page.get_by_role("button", name="Draw").click()
+    return page.locator(".live", has_text=prompt)
 
 
 Visits = Callable[..., AbstractContextManager[Visit]]

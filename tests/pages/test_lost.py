@@ -6,16 +6,10 @@ from pathlib import Path
 from playwright.sync_api import Page, Route, expect
 
 from tests.e2e.server import Server
-from tests.pages.conftest import Visits
+from tests.pages.conftest import Visits, draw
 from tests.people import PASSWORD
 
 LATE_SECONDS = 1.0
-
-
-def draw(page: Page, prompt: str, steps: int = 2) -> None:
-    page.get_by_label("What to draw").fill(prompt)
-    page.get_by_role("slider", name="Steps").fill(str(steps))
-    page.get_by_role("button", name="Draw").click()
 
 
 def expect_done(page: Page, prompt: str) -> None:

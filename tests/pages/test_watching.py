@@ -2,18 +2,10 @@
 
 import re
 
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Route, expect
 
 from tests.e2e.server import Server
-from tests.pages.conftest import Visits
-
-
-def draw(page: Page, prompt: str, steps: int) -> Locator:
-    """Has the page draw, and returns the card of it."""
-    page.get_by_label("What to draw").fill(prompt)
-    page.get_by_role("slider", name="Steps").fill(str(steps))
-    page.get_by_role("button", name="Draw").click()
-    return page.locator(".live", has_text=prompt)
+from tests.pages.conftest import Visits, draw
 
 
 def test_the_button_is_at_hand_and_what_it_draws_comes_into_view(visits: Visits) -> None:

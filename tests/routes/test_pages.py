@@ -21,7 +21,7 @@ from api.domain.png_text import with_text
 from api.domain.rate import BODIES
 from api.errors import NotFound
 from api.routes import limits
-from api.routes.pages import grid
+from api.routes.pages import grid, live
 from api.routes.pages.visitor import Reading, Visitor
 from api.store.database import Database
 from api.store.tables import Image, Request, User
@@ -342,7 +342,7 @@ async def test_faces_are_of_ones_own_pictures(app: FastAPI, gallery: Gallery) ->
 async def test_a_stream_shows_what_is_allowed_now(
     app: FastAPI, gallery: Gallery, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid, "REAUTH_SECONDS", 0.0)
+    monkeypatch.setattr(live, "REAUTH_SECONDS", 0.0)
     service = app.state.service
     async with visiting(app, "ada") as ada, visiting(app, "root") as root:
         url = (await ada.post("/grid", data={**GRID, **await token(ada)})).headers["location"]

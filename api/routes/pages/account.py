@@ -1,6 +1,7 @@
 """/account: what is left of one's limits, keys, sessions, the password, one's data, and how one likes to read."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request, Response
@@ -20,6 +21,7 @@ from api.routes.pages.visitor import LANGUAGE_COOKIE, THEME_COOKIE, THEMES, Visi
 from api.routes.pages.words import LANGUAGES
 from api.routes.service import ServiceDep
 from api.wire.accounts import Id, MadeKey, NewKey, PasswordChange
+from api.wiring import Service
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -80,11 +82,7 @@ async def erase(
     """Erases the account once its name is typed."""
     user_id = visitor.caller.themselves()
     try:
-        if form.get("name", "").strip() != user_id:
-            raise InvalidRequest(f"that is not {user_id}", "Type the name exactly; nothing was erased.")
-        await privacy.erase(
-            service.database, service.pictures, service.vault, service.registry, visitor.caller, user_id
-        )
+        await erase_typed(service, visitor, user_id, form)
     except (InvalidRequest, Conflict) as error:
         return await _shown(request, visitor, accounts, "_erase.html", wrong={"erase": error})
     return _signed_out(request, "erased")
@@ -110,6 +108,13 @@ async def choose(request: Request, _: VisitorDep, form: FormDep) -> Response:
         if value is not None and value in known:
             answer.set_cookie(name, value, max_age=YEAR, samesite="lax", httponly=True)
     return answer
+
+
+async def erase_typed(service: Service, visitor: Visitor, user_id: str, form: Mapping[str, str]) -> None:
+    """Erases a user. Raises InvalidRequest unless the form has their name, and as `privacy.erase` does."""
+    if form.get("name", "").strip() != user_id:
+        raise InvalidRequest(f"that is not {user_id}", "Type the name exactly; nothing was erased.")
+    await privacy.erase(service.database, service.pictures, service.vault, service.registry, visitor.caller, user_id)
 
 
 def _signed_out(request: Request, done: str) -> Response:

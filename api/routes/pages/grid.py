@@ -3,8 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -14,14 +12,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.sse import ServerSentEvent
 
 from api.domain import grids, library
-from api.domain.accounts import identify
 from api.domain.history import ENDED
 from api.domain.sheets import sheet
 from api.errors import NotFound, SitterError
-from api.routes.jobs import REAUTH_SECONDS, Events, accept, cancel_job
+from api.routes.jobs import Events, accept, cancel_job, streamed
 from api.routes.pages.asked import SAMPLERS, SHAPES, chosen, defaults, draft_of, expected, key_of
 from api.routes.pages.forms import get_form
-from api.routes.pages.live import AT_LEAST, HowDep, change, counted, log
+from api.routes.pages.live import AT_LEAST, HowDep, change, counted, identified_lately
 from api.routes.pages.look import PageRoute, as_ours, go, is_part, page, render
 from api.routes.pages.plans import Plan, planned, suggestions
 from api.routes.pages.sitters import sitters
@@ -94,12 +91,9 @@ async def live(
     grid_id: GridId, visitor: VisitorDep, service: ServiceDep, how: HowDep
 ) -> AsyncIterator[ServerSentEvent]:
     """Sends what changed in the grid, until all of it has ended."""
-    try:
-        async with aclosing(_changes(service, visitor, how, grid_id)) as found:
-            async for one in found:
-                yield ServerSentEvent(raw_data=one)
-    except SitterError as error:  # who comes back is told by the status of that answer
-        log.info("stream_ended", code=error.code)
+    async with streamed(_changes(service, visitor, how, grid_id)) as found:
+        async for one in found:
+            yield ServerSentEvent(raw_data=one)
 
 
 @router.post("/page/grid/{grid_id}/cancel")
@@ -174,7 +168,7 @@ async def _table(service: Service, visitor: Visitor, grid_id: str) -> Table:
 
 async def _changes(service: Service, visitor: Visitor, how: Reading, grid_id: str) -> AsyncGenerator[str]:
     names = {one.value: one.name for one in await sitters(service, visitor)}
-    told, authenticated = set[tuple[Any, ...]](), time.monotonic()
+    told, identified = set[tuple[Any, ...]](), time.monotonic()
     while not service.worker.draining:
         grid = await grids.find(service.database, visitor.caller, grid_id)
         states = {at: (at, seen.job.revision, seen.job.preview_step) for at, seen in grid.cells.items()}
@@ -187,6 +181,4 @@ async def _changes(service: Service, visitor: Visitor, how: Reading, grid_id: st
             return
         await asyncio.sleep(AT_LEAST)
         await change(service.wake, active)
-        if time.monotonic() - authenticated >= REAUTH_SECONDS:
-            visitor = replace(visitor, caller=await identify(service.accounts, visitor.sent))
-            authenticated = time.monotonic()
+        visitor, identified = await identified_lately(service, visitor, identified)

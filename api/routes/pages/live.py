@@ -3,12 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated
 from weakref import WeakValueDictionary
 
-import structlog
 from fastapi import APIRouter, Depends
 from fastapi.sse import ServerSentEvent
 
@@ -17,8 +15,7 @@ from api.domain.accounts import identify
 from api.domain.history import ENDED, POLL_SECONDS, Seen
 from api.domain.library import Wanted
 from api.domain.wake import Wake
-from api.errors import SitterError
-from api.routes.jobs import REAUTH_SECONDS, Events
+from api.routes.jobs import REAUTH_SECONDS, Events, streamed
 from api.routes.pages import cards
 from api.routes.pages.look import PageRoute, render
 from api.routes.pages.visitor import Reading, Visitor, VisitorDep, reading
@@ -26,7 +23,6 @@ from api.routes.service import ServiceDep
 from api.wire.images import Image
 from api.wiring import Service
 
-log = structlog.get_logger()
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 LATELY = 16
@@ -46,25 +42,32 @@ HowDep = Annotated[Reading, Depends(reading)]
 @router.get("/page/live", response_class=Events, dependencies=[Depends(counted)])
 async def live(visitor: VisitorDep, service: ServiceDep, how: HowDep) -> AsyncIterator[ServerSentEvent]:
     """Sends the visitor's drawings whenever one of them changed, until the server stops."""
-    try:
-        async with aclosing(_changes(visitor, service, how)) as found:
-            async for one in found:
-                yield ServerSentEvent(raw_data=one)
-    except SitterError as error:  # who comes back is told by the status of that answer
-        log.info("stream_ended", code=error.code)
+    async with streamed(_changes(visitor, service, how)) as found:
+        async for one in found:
+            yield ServerSentEvent(raw_data=one)
 
 
 async def _changes(visitor: Visitor, service: Service, how: Reading) -> AsyncGenerator[str]:
-    told, authenticated, channel = frozenset[State](), time.monotonic(), _channel_of(service, visitor, how)
+    told, identified = frozenset[State](), time.monotonic()
     while not service.worker.draining:
+        channel = _channel_of(service, visitor, how)
         seen = await channel.look(service, visitor, how)
         if news := seen.states - told:  # what only went stays on the page: somebody may be looking at it
             told, ended = seen.states, any(state[0] in seen.ended for state in news)
             yield seen.jobs + seen.pictures if ended else seen.jobs
         await change(service.wake, seen.active)
-        if time.monotonic() - authenticated >= REAUTH_SECONDS:
-            visitor = replace(visitor, caller=await identify(service.accounts, visitor.sent))
-            channel, authenticated = _channel_of(service, visitor, how), time.monotonic()
+        visitor, identified = await identified_lately(service, visitor, identified)
+
+
+async def identified_lately(service: Service, visitor: Visitor, identified: float) -> tuple[Visitor, float]:
+    """Returns the visitor of a stream with the rights that they have now, and when these were looked up last.
+
+    Raises:
+        NotAuthenticated: the credential is not valid any more.
+    """
+    if time.monotonic() - identified < REAUTH_SECONDS:
+        return visitor, identified
+    return replace(visitor, caller=await identify(service.accounts, visitor.sent)), time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,13 @@ class _Look:
 
     states: frozenset[State]
     ended: frozenset[str]
-    active: list[str]
     jobs: str
     pictures: str
+
+    @property
+    def active(self) -> list[str]:
+        """Ids of the jobs of which more is to come."""
+        return [state[0] for state in self.states if state[0] not in self.ended]
 
 
 class _Channel:
@@ -105,8 +112,7 @@ class _Channel:
             drawn = last.pictures
         else:
             drawn = render(how, "_drawn.html", visitor=visitor, lately=await pictures(service, visitor))
-        active = [seen.job.id for seen in found if seen.job.status not in ENDED]
-        self._last = _Look(states, ended, active, jobs, drawn)
+        self._last = _Look(states, ended, jobs, drawn)
         return self._last
 
 

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from api.config import UserId
-from api.domain import admin, privacy
+from api.domain import admin
 from api.domain.accounts import Accounts
 from api.domain.once import Repeatable
 from api.errors import Conflict, InvalidRequest, SitterError
 from api.routes.caller import AccountsDep
+from api.routes.pages.account import erase_typed
 from api.routes.pages.asked import key_of, new_key
 from api.routes.pages.forms import Blank, FormDep, checked, said
 from api.routes.pages.look import PageRoute, go, is_part, page
@@ -80,11 +81,7 @@ async def erase(
 ) -> Response:
     """Erases somebody once their name is typed."""
     try:
-        if form.get("name", "").strip() != user_id:
-            raise InvalidRequest(f"that is not {user_id}", "Type the name exactly; nothing was erased.")
-        await privacy.erase(
-            service.database, service.pictures, service.vault, service.registry, visitor.caller, user_id
-        )
+        await erase_typed(service, visitor, user_id, form)
     except (InvalidRequest, Conflict) as error:
         part = "_erase.html" if is_part(request) else "manage_user.html"
         return await _one(request, visitor, accounts, user_id, part, "", {"erase": error})

@@ -4,21 +4,18 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import structlog
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import ServerSentEvent
 
 from api.domain import history, registry
-from api.domain.accounts import identify
 from api.domain.history import ENDED, Seen
-from api.errors import NotFound, SitterError
-from api.routes.jobs import REAUTH_SECONDS, Events, cancel_job, describe
+from api.errors import NotFound
+from api.routes.jobs import Events, cancel_job, describe, streamed
 from api.routes.pages.curve import Curve, curve
-from api.routes.pages.live import AT_LEAST, HowDep, counted
+from api.routes.pages.live import AT_LEAST, HowDep, counted, identified_lately
 from api.routes.pages.look import PageRoute, go, is_part, page, render
 from api.routes.pages.sitters import pictures_of
 from api.routes.pages.visitor import Reading, Visitor, VisitorDep
@@ -28,7 +25,6 @@ from api.wire.jobs import Job
 from api.wire.models import Model, TrainingState, Version
 from api.wiring import Service
 
-log = structlog.get_logger()
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 PHASES = ("checking", "caching", "training", "validating", "publishing", "warming")
@@ -108,16 +104,13 @@ async def cancel(request: Request, seen: SeenDep, visitor: VisitorDep, service: 
 )
 async def live(job_id: Id, visitor: VisitorDep, service: ServiceDep, how: HowDep) -> AsyncIterator[ServerSentEvent]:
     """Sends what is new of a training, until it has ended or the server stops."""
-    try:
-        async with aclosing(_changes(job_id, visitor, service, how)) as found:
-            async for one in found:
-                yield ServerSentEvent(raw_data=one)
-    except SitterError as error:  # who comes back is told by the status of that answer
-        log.info("stream_ended", code=error.code)
+    async with streamed(_changes(job_id, visitor, service, how)) as found:
+        async for one in found:
+            yield ServerSentEvent(raw_data=one)
 
 
 async def _changes(job_id: str, visitor: Visitor, service: Service, how: Reading) -> AsyncGenerator[str]:
-    told, sent, shown, authenticated = None, "", dict[tuple[int, int], tuple[int, str]](), time.monotonic()
+    told, sent, shown, identified = None, "", dict[tuple[int, int], tuple[int, str]](), time.monotonic()
     seen = await _find(job_id, visitor, service)
     while not service.worker.draining:
         job = seen.job
@@ -135,9 +128,7 @@ async def _changes(job_id: str, visitor: Visitor, service: Service, how: Reading
             return
         await asyncio.sleep(AT_LEAST)
         seen = await history.changed(service.wake, service.database, visitor.caller, seen)
-        if time.monotonic() - authenticated >= REAUTH_SECONDS:
-            visitor = replace(visitor, caller=await identify(service.accounts, visitor.sent))
-            authenticated = time.monotonic()
+        visitor, identified = await identified_lately(service, visitor, identified)
 
 
 async def _newest(service: Service, seen: Seen) -> dict[tuple[int, int], tuple[int, str]]:
